@@ -1,0 +1,78 @@
+"""The errors that lorakit raises on purpose. Each message says what was expected, what came and what to do.
+
+    LorakitError
+    ├── UsageError       an argument, a configuration value or a call in the wrong order (also a ValueError)
+    │   ├── RecipeError  a key or value of a recipe
+    │   └── TargetError  target_modules that match nothing, or match what cannot be adapted
+    ├── AdapterError     an unknown or taken adapter name, a change while merged, a switch at the wrong time
+    ├── FileError        an adapter's files: missing, damaged, foreign, malicious; `.faults` lists every one
+    ├── ModelError       a base model that cannot be found, fetched or trusted
+    ├── DataError        a data set, or one row of it; `.source`, `.line` and `.field` say where
+    ├── TrainingError    a run that cannot go on (a loss that is not a number, say)
+    └── OutputError      a place to write that is taken, full or not writable
+
+The command line prints these as one message with exit code 1 (UsageError: 2) and no traceback. Anything else that
+escapes is a bug in lorakit.
+"""
+
+from collections.abc import Sequence
+
+
+class LorakitError(Exception):
+    """Root of every error that lorakit raises on purpose."""
+
+
+class UsageError(LorakitError, ValueError):
+    """An argument, a configuration value or a call in the wrong order."""
+
+
+class RecipeError(UsageError):
+    """A key or value of a recipe."""
+
+
+class TargetError(UsageError):
+    """`target_modules` (or a pattern) that match nothing, or match what cannot be adapted."""
+
+
+class AdapterError(LorakitError):
+    """An unknown or taken adapter name, a change while merged, a switch at the wrong time."""
+
+
+class FileError(LorakitError):
+    """An adapter's files are missing, damaged, foreign or malicious. `faults` lists every one found."""
+
+    def __init__(self, message: str, faults: Sequence[str] = ()) -> None:
+        self.faults = list(faults)
+        lines = "".join(f"\n  - {fault}" for fault in self.faults)
+        super().__init__(message + lines)
+
+
+class ModelError(LorakitError):
+    """A base model that cannot be found, fetched or trusted."""
+
+
+class DataError(LorakitError):
+    """A data set, or one row of it. `source`, `line` (1-based, as an editor counts) and `field` say where."""
+
+    def __init__(
+        self, message: str, *, source: str | None = None, line: int | None = None, field: str | None = None
+    ) -> None:
+        self.source, self.line, self.field = source, line, field
+        where = ", ".join(
+            part
+            for part in (
+                source,
+                None if line is None else f"line {line}",
+                None if field is None else f"field {field!r}",
+            )
+            if part
+        )
+        super().__init__(f"{where}: {message}" if where else message)
+
+
+class TrainingError(LorakitError):
+    """A run that cannot go on."""
+
+
+class OutputError(LorakitError):
+    """A place to write that is taken, full or not writable."""
