@@ -1,1 +1,47 @@
-""""""
+"""Data: rows of files and hub sets -> examples -> token ids with loss masks -> batches."""
+
+from lorakit.data.batch import BatchOrder, collate
+from lorakit.data.config import Columns, DataConfig
+from lorakit.data.encode import IGNORE, Encoded, encode, encode_all, prompt_ids, prompt_text
+from lorakit.data.examples import (
+    ChatExample,
+    Dataset,
+    LabelExample,
+    Message,
+    PromptExample,
+    group_references,
+    references_of,
+    sample,
+)
+from lorakit.data.formats import FORMATS
+from lorakit.data.load import load_examples
+from lorakit.data.read import read_rows
+from lorakit.data.summary import DataSummary, describe
+from lorakit.data.template import encode_chat
+
+__all__ = [
+    "FORMATS",
+    "IGNORE",
+    "BatchOrder",
+    "ChatExample",
+    "Columns",
+    "DataConfig",
+    "DataSummary",
+    "Dataset",
+    "Encoded",
+    "LabelExample",
+    "Message",
+    "PromptExample",
+    "collate",
+    "describe",
+    "encode",
+    "encode_all",
+    "encode_chat",
+    "group_references",
+    "load_examples",
+    "prompt_ids",
+    "prompt_text",
+    "read_rows",
+    "references_of",
+    "sample",
+]

@@ -1,1 +1,9 @@
-""""""
+"""Decoding, scoring and classifying with a model that is loaded (and perhaps adapted)."""
+
+from lorakit.generate.classify import Prediction, classify
+from lorakit.generate.config import GenerateConfig
+from lorakit.generate.decode import generate
+from lorakit.generate.likelihood import mean_nll, perplexity
+from lorakit.generate.prompts import Prompt
+
+__all__ = ["GenerateConfig", "Prediction", "Prompt", "classify", "generate", "mean_nll", "perplexity"]

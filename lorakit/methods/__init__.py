@@ -1,1 +1,1 @@
-""""""
+"""The adaptation methods, one file each, behind one interface (lorakit.attach.method.Method)."""

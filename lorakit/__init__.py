@@ -1,0 +1,65 @@
+"""lorakit: low-rank adaptation of language models, whole. Public names only, each imported when it is first used."""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LoRA": "lorakit.methods.lora",
+    "Method": "lorakit.attach.method",
+    "attach": "lorakit.attach.api",
+    "detach": "lorakit.attach.api",
+    "use": "lorakit.attach.api",
+    "route": "lorakit.attach.api",
+    "adapters": "lorakit.attach.api",
+    "parameters": "lorakit.attach.api",
+    "count_parameters": "lorakit.attach.api",
+    "merge": "lorakit.attach.merge",
+    "unmerge": "lorakit.attach.merge",
+    "save": "lorakit.store.api",
+    "load": "lorakit.store.api",
+    "verify": "lorakit.store.verify",
+    "inspect": "lorakit.store.inspect",
+    "train": "lorakit.run.train",
+    "LorakitError": "lorakit.errors",
+}
+
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from lorakit.attach.api import adapters, attach, count_parameters, detach, parameters, route, use
+    from lorakit.attach.merge import merge, unmerge
+    from lorakit.attach.method import Method
+    from lorakit.errors import LorakitError
+    from lorakit.methods.lora import LoRA
+    from lorakit.run.train import train
+    from lorakit.store.api import load, save
+    from lorakit.store.inspect import inspect
+    from lorakit.store.verify import verify
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]
+
+
+class _Package(ModuleType):
+    """`lorakit.attach` and `lorakit.train` are verbs, and rooms of the same names hold them: importing a room must not put
+    the module where the verb stands, as the import system does by itself."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,108 @@
+"""The class of an adapted leaf: a cached subclass of its own class, of the same name, that looks at the leaf's site.
+
+`leaf.__class__ = adapted(type(leaf))` renames nothing, adds no child module and no hook, and costs under a microsecond
+while no adapter is on; `leaf.__class__ = plain(type(leaf))` undoes it. Copies and pickles rebuild from the plain class.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.attach.kinds import is_stock, row_kind
+from lorakit.attach.site import Site, replacement
+from lorakit.errors import AdapterError
+
+is_compiling = torch.compiler.is_compiling
+
+
+def plain(cls: type) -> type:
+    """The class that an adapted class was made from (itself where it is not adapted)."""
+    base: type = cls.__dict__.get("_lk_base", cls)
+    return base
+
+
+@cache
+def adapted(base: Any, replaced: frozenset[str] = frozenset()) -> type[nn.Module]:
+    """The adapted class of `base`. replaced: names of parameters for which an adapter's own tensor may stand."""
+    body: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+        "_lk_base": base,
+        "_lk_replaced": replaced,
+        "_lk_stock": is_stock(base),
+        "forward": _forward_of(base),
+    }
+    body.update({name: _stand_in(name) for name in replaced})
+    return type(base.__name__, (base,), body)
+
+
+def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
+    kind, base_forward = row_kind(base), base.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        site: Site = self._lk_site  # type: ignore[assignment]
+        if not is_compiling() and site.seen != site.epoch:
+            site.notice()
+        inner = site.inner
+        if not site.active:
+            return base_forward(self, *args, **kwargs) if inner is None else inner(*args, **kwargs)
+        call = partial(base_forward, self) if inner is None else inner
+        if kind is not None:
+            return kind.forward(self, site, call, *args, **kwargs)
+        if site.route is not None:
+            raise AdapterError(
+                f"{site.path} ({type(self).__name__}) has parameters of its own in an adapter (bias or modules_to_save), "
+                "and rows of one batch cannot take different ones there. Run one adapter at a time with lorakit.use."
+            )
+        return call(*args, **kwargs)
+
+    return forward
+
+
+def _stand_in(name: str) -> property:
+    """A property over a parameter's name; `_parameters`, and so state dicts and optimizers, keep the base's own."""
+
+    def read(self: nn.Module) -> torch.Tensor | None:
+        return replacement(self, self._lk_site, name)  # type: ignore[arg-type]
+
+    return property(read)
+
+
+def wear(leaf: nn.Module, site: Site, replaced: frozenset[str]) -> None:
+    """Give the leaf its adapted class, and take in an instance `forward` that stands on it (accelerate's hooks)."""
+    leaf.__dict__["_lk_site"] = site
+    if plain(type(leaf)) is type(leaf):
+        site.inner = leaf.__dict__.pop("forward", None)
+    leaf.__class__ = adapted(plain(type(leaf)), replaced)
+
+
+def bare(leaf: nn.Module) -> None:
+    """Give the leaf its own class (and its instance `forward`) back."""
+    site: Site = leaf.__dict__.pop("_lk_site")
+    leaf.__class__ = plain(type(leaf))
+    if site.inner is not None:
+        leaf.__dict__["forward"] = site.inner
+
+
+def check_bare(leaf: nn.Module) -> None:
+    """Raise where a `forward` was put on the leaf after attach: it holds on to the adapted one, and would outlive it."""
+    if "forward" in leaf.__dict__ and plain(type(leaf)) is not type(leaf):
+        raise AdapterError(
+            f"{leaf._lk_site.path} was given a forward of its own after lorakit.attach (accelerate's hooks do that). "  # type: ignore[union-attr]
+            "Take it off first, with accelerate.hooks.remove_hook_from_module(model, recurse=True), or add hooks before attach."
+        )
+
+
+def _reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
+    cls = type(self)
+    return _rebuild, (cls._lk_base, cls._lk_replaced), self.__getstate__()  # type: ignore[attr-defined,no-untyped-call]
+
+
+def _rebuild(base: type[nn.Module], replaced: frozenset[str]) -> nn.Module:
+    cls: type[nn.Module] = adapted(base, replaced)  # type: ignore[arg-type]
+    return cls.__new__(cls)

@@ -1,0 +1,283 @@
+"""attach, detach, use, route, adapters, parameters, count_parameters: the verbs on a model in memory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.attach.host import KEY, Host, Record, State, check_names, check_not_merged, find_host, host_of
+from lorakit.attach.method import Draft, Method
+from lorakit.core.route import Route
+from lorakit.errors import AdapterError, UsageError
+
+Names = str | Mapping[str, float] | None
+
+
+@dataclass(frozen=True)
+class AttachReport:
+    """What attach did. trainable, total: numbers of parameters, of the adapter and of the model with it."""
+
+    name: str
+    modules: tuple[str, ...]
+    trainable: int
+    total: int
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One attached adapter. parameters: how many numbers it holds; strength: 0.0 where it is off."""
+
+    name: str
+    method: Method
+    active: bool
+    strength: float
+    trainable: bool
+    parameters: int
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters. total: all that the model computes with, shared ones once; trainable: those with gradients.
+
+    low_rank: of the active adapters' low-rank pairs; replaced: of the heads and biases that they train in full (the
+    paper trains a classification head but does not count it: its figures are `low_rank`).
+    """
+
+    trainable: int
+    total: int
+    low_rank: int
+    replaced: int
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    name: str = "default",
+    *,
+    trainable: bool = True,
+    dtype: torch.dtype | None = None,
+    seed: int | None = None,
+) -> AttachReport:
+    """Attach a fresh adapter, in place, freeze the base and switch the adapter on (it changes no output yet).
+
+    dtype: of the adapter's tensors; None = that of the weight beside each. seed: of its initial values; None = torch's
+    global generator. Raises TargetError where nothing (or the wrong thing) matches, AdapterError where the name is taken
+    or an adapter is merged; the model is then as it was.
+    """
+    if not isinstance(method, Method):
+        raise UsageError(f"attach expects a method such as lorakit.LoRA(r=8), not {type(method).__name__}.")
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    host = find_host(model)
+    check_can_add(host, name)
+    draft = method.draft(model, dtype=dtype, generator=generator)
+    return add(model, Record(name, method, draft, trainable))
+
+
+def check_can_add(host: Host | None, name: str) -> None:
+    """Raise AdapterError where an adapter called `name` could not be added."""
+    if not name or not isinstance(name, str):
+        raise UsageError(f"an adapter's name is a non-empty string, not {name!r}.")
+    if host is not None:
+        check_not_merged(host)
+        if name in host.records:
+            raise AdapterError(f"an adapter {name!r} is attached already. Choose another name, or detach it first.")
+
+
+def add(model: nn.Module, record: Record) -> AttachReport:
+    """Add a drafted (or loaded) adapter to the model and switch it on."""
+    host = find_host(model)
+    check_can_add(host, record.name)
+    if host is None:
+        host = Host(model)
+    with host.lock:
+        set_trainable(record.draft, record.trainable)
+        before = host.state
+        host.records[record.name] = record
+        try:
+            host.dress(model)
+            host.switch(State(((record.name, 1.0),)))
+        except BaseException:
+            _forget(host, record.name, before)
+            raise
+        model.__dict__[KEY] = host
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name in host.flags:
+                parameter.requires_grad_(False)
+        counts = count_parameters(model)
+        modules = tuple(path for path in host.leaves if path in record.paths())
+        return AttachReport(record.name, modules, _size(record.tensors()) if record.trainable else 0, counts.total)
+
+
+def _forget(host: Host, name: str, before: State) -> None:
+    host.switch(before)
+    del host.records[name]
+    host.undress(keep={path for record in host.records.values() for path in record.paths()})
+
+
+def set_trainable(draft: Draft, trainable: bool) -> None:
+    """Make every tensor of a draft a parameter (trainable) or a plain tensor (frozen), sharing its memory."""
+
+    def turned(tensor: Tensor) -> Tensor:
+        return nn.Parameter(tensor.detach()) if trainable else tensor.detach()
+
+    for pair in draft.pairs.values():
+        pair.A, pair.Bt = turned(pair.A), turned(pair.Bt)
+    for group in draft.replaced.values():
+        group.update({name: turned(tensor) for name, tensor in group.items()})
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Take an adapter off for good. With the last one the model is, bit for bit and class for class, as before attach."""
+    host = host_of(model)
+    with host.lock:
+        check_not_merged(host)
+        check_names(host, {name: 1.0})
+        host.check_undressable()
+        rest = tuple(entry for entry in host.state.selection if entry[0] != name)
+        host.switch(State(rest) if len(rest) != len(host.state.selection) else host.state)
+        del host.records[name]
+        host.undress(keep={path for record in host.records.values() for path in record.paths()})
+        if host.records:
+            host.dress(model)
+            return
+        del model.__dict__[KEY]
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(host.flags.get(parameter_name, parameter.requires_grad))
+
+
+class Restore:
+    """What `use` and `route` return: in a with-statement, leaving it switches back to what was on before."""
+
+    def __init__(self, host: Host, before: State) -> None:
+        self._host, self._before = host, before
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._host.lock:
+            check_not_merged(self._host)
+            known = all(name in self._host.records for name, _ in self._before.selection)
+            self._host.switch(self._before if known else State())
+
+
+def selection_of(names: Names) -> dict[str, float]:
+    """{adapter: strength} from what `use` takes: a name, a mapping, or None for the base."""
+    if names is None:
+        return {}
+    if isinstance(names, str):
+        return {names: 1.0}
+    if not isinstance(names, Mapping):
+        raise UsageError(
+            f"expected an adapter's name, a mapping of names to strengths, or None, not {type(names).__name__}."
+        )
+    for name, strength in names.items():
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or strength != strength:
+            raise UsageError(f"the strength of {name!r} must be a number, not {strength!r}.")
+    return {name: float(strength) for name, strength in names.items()}
+
+
+def use(model: nn.Module, names: Names) -> Restore:
+    """Switch to one adapter, to several ({"sql": 0.7, "fr": 0.5} adds their weighed updates), or to the base (None).
+
+    A head or bias that an adapter replaces is weighed the same way, base + strength * (own - base).
+    """
+    host = host_of(model)
+    with host.lock:
+        check_not_merged(host)
+        chosen = selection_of(names)
+        check_names(host, chosen)
+        before = host.state
+        host.switch(State(tuple(chosen.items())))
+        return Restore(host, before)
+
+
+def route(
+    model: nn.Module, rows: Sequence[str | None], *, per: Literal["row", "token"] = "row", strict: bool = False
+) -> Restore:
+    """Give each row of the next batches an adapter of its own (None = the base).
+
+    rows: one name a row of the batch; with per="token" one a token, for inputs that pack rows as (1, tokens). strict:
+    compute each row's low-rank part on its own, so that it has the very bits that it has alone.
+    """
+    host = host_of(model)
+    if per not in ("row", "token"):
+        raise UsageError(f"per must be 'row' or 'token', not {per!r}.")
+    if isinstance(rows, str) or not rows:
+        raise UsageError("route expects a list with one adapter name (or None) for each row.")
+    with host.lock:
+        check_not_merged(host)
+        names = list(dict.fromkeys(name for name in rows if name is not None))
+        check_names(host, dict.fromkeys(names, 1.0))
+        index = tuple(-1 if name is None else names.index(name) for name in rows)
+        before = host.state
+        host.switch(State(tuple((name, 1.0) for name in names), Route(index, strict=strict)))
+        return Restore(host, before)
+
+
+def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
+    """The attached adapters by name, in the order in which they came; {} where none is attached."""
+    host = find_host(model)
+    if host is None:
+        return {}
+    strengths: dict[str, float] = dict(host.merged.before.selection if host.merged else host.state.selection)
+    return {
+        name: AdapterInfo(
+            name,
+            record.method,
+            name in strengths,
+            strengths.get(name, 0.0),
+            record.trainable,
+            _size(record.tensors()),
+            tuple(_module_order(record)),
+        )
+        for name, record in host.records.items()
+    }
+
+
+def _module_order(record: Record) -> dict[str, None]:
+    return dict.fromkeys([*record.draft.pairs, *record.draft.replaced])
+
+
+def parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameters of a trainable adapter, on or off: what an optimizer takes."""
+    host = host_of(model)
+    with host.lock:
+        check_names(host, {name: 1.0})
+        host.current()
+        record = host.records[name]
+        if not record.trainable:
+            raise AdapterError(f"adapter {name!r} is frozen. Attach or load it with trainable=True to train it.")
+        return [tensor for tensor in record.tensors() if isinstance(tensor, nn.Parameter)]
+
+
+def count_parameters(model: nn.Module) -> Counts:
+    """Count the model's parameters with its active adapters; works on the meta device. See Counts."""
+    host = find_host(model)
+    adapter_ids: set[int] = set()
+    low_rank = replaced = 0
+    if host is not None:
+        host.current()
+        active = [host.records[name] for name, _ in host.state.selection]
+        adapter_ids = {id(tensor) for record in active for tensor in record.tensors()}
+        pairs = [pair for record in active for pair in record.draft.pairs.values()]
+        low_rank = _size([tensor for pair in pairs for tensor in (pair.A, pair.Bt)])
+        replaced = _size([tensor for record in active for tensor in record.tensors()]) - low_rank
+    own = [parameter for parameter in model.parameters() if id(parameter) not in adapter_ids]
+    total = sum(parameter.numel() for parameter in own) + low_rank + replaced
+    return Counts(
+        trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        total=total,
+        low_rank=low_rank,
+        replaced=replaced,
+    )
+
+
+def _size(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)

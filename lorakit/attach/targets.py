@@ -1,0 +1,134 @@
+"""Which leaves an adapter goes to: PEFT's matching rules, with silence turned into errors.
+
+A list of names matches a module path exactly or by `.suffix`; a string is a regular expression over the whole path;
+"all-linear" is every linear layer but the output head. rank_pattern and alpha_pattern: `(.*\\.)?(key)$`, first match wins.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from lorakit.attach.adapted import plain
+from lorakit.attach.anatomy import is_within, output_head
+from lorakit.attach.kinds import KINDS, NEVER_CALLED, LinearKind, low_rank_kind, qualified
+from lorakit.errors import TargetError
+
+ALL_LINEAR = "all-linear"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to match: see the fields of the same names in lorakit.LoRA."""
+
+    target: str | Sequence[str]
+    exclude: str | Sequence[str] | None = None
+    layers: Sequence[int] | None = None
+    layers_pattern: Sequence[str] | None = None
+    kept_whole: Sequence[str] = ()  # paths that are trained in full (modules_to_save); nothing below them is matched
+
+
+def matches(pattern: str | Sequence[str], path: str) -> bool:
+    """PEFT's rule: a string is a regular expression over the whole path, a list names paths or their last parts."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, path) is not None
+    return any(path == name or path.endswith("." + name) for name in pattern)
+
+
+def layer_number(path: str, patterns: Sequence[str] | None) -> int | None:
+    """The number of the layer that `path` lies in: after one of `patterns` ("h", "layers"), else the first number in it."""
+    for pattern in patterns or [r"[^.]*"]:
+        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)  # lazy: the layer's number, not an expert's inside it
+        if found:
+            return int(found[1])
+    return None
+
+
+def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
+    """The value for `path` in a rank or alpha pattern: the first key that matches the path's end, else `default`."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def find_targets(model: nn.Module, selection: Selection) -> list[str]:
+    """The paths of the leaves to adapt, in the model's order. Raises TargetError where nothing, or the wrong thing, matches."""
+    head = output_head(model) if selection.target == ALL_LINEAR else None
+    found = [path for path, module in model.named_modules() if path and _wanted(selection, head, path, module)]
+    if not found:
+        raise TargetError(_nothing_matched(model, selection))
+    for path in found:
+        _check_supported(path, model.get_submodule(path))
+    return found
+
+
+def _wanted(selection: Selection, head: str | None, path: str, module: nn.Module) -> bool:
+    if any(is_within(path, kept) for kept in selection.kept_whole):
+        return False
+    if selection.exclude is not None and matches(selection.exclude, path):
+        return False
+    if selection.target == ALL_LINEAR:
+        if not isinstance(low_rank_kind(plain(type(module))), LinearKind) or (head and is_within(path, head)):
+            return False
+    elif not matches(selection.target, path):
+        return False
+    return selection.layers is None or layer_number(path, selection.layers_pattern) in selection.layers
+
+
+def _check_supported(path: str, module: nn.Module) -> None:
+    cls = plain(type(module))
+    if any(qualified(base) in NEVER_CALLED for base in cls.__mro__):
+        raise TargetError(
+            f"{path} is a {cls.__name__}: its parent reads its weight without calling it, so an adapter there would be "
+            "ignored. Leave it out with exclude_modules."
+        )
+    if low_rank_kind(cls) is None:
+        supported = ", ".join(name.rpartition(".")[2] for name in KINDS)
+        raise TargetError(
+            f"{path} matches target_modules but is a {cls.__name__}, which takes no low-rank update (supported: {supported}). "
+            "Name the layers inside it, or leave it out with exclude_modules."
+        )
+
+
+def _nothing_matched(model: nn.Module, selection: Selection) -> str:
+    paths = [path for path, module in model.named_modules() if low_rank_kind(plain(type(module))) is not None]
+    names = sorted({path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()})
+    message = f"no module of {type(model).__name__} matches target_modules={selection.target!r}"
+    limits = [
+        f"{key}={value!r}"
+        for key, value in (("exclude_modules", selection.exclude), ("layers_to_transform", selection.layers))
+        if value is not None
+    ]
+    message += f" with {' and '.join(limits)}." if limits else "."
+    asked = [selection.target] if isinstance(selection.target, str) else list(selection.target)
+    near = sorted({name for one in asked for name in difflib.get_close_matches(one.rpartition(".")[2], names)})
+    message += f" Did you mean {', '.join(near)}?" if near else ""
+    return message + f" Layers of this model that can be adapted: {', '.join(names) or 'none'}."
+
+
+def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The paths of the modules that `names` name, for modules_to_save. A name that matches nothing is an error."""
+    paths = [path for path, _ in model.named_modules() if path]
+    found = []
+    for name in names:
+        matched = [path for path in paths if matches([name], path)]
+        if not matched:
+            children = ", ".join(child for child, _ in model.named_children())
+            raise TargetError(
+                f"modules_to_save names {name!r}, which {type(model).__name__} does not have. Its parts are: {children}."
+            )
+        found += [path for path in matched if path not in found]
+    return found
+
+
+def shortest_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """The shortest list of names that matches just `paths` in `model`: last parts where they suffice, else the paths."""
+    chosen = set(paths)
+    suffixes = sorted({path.rpartition(".")[2] for path in paths})
+    matched = {path for path, _ in model.named_modules() if path and matches(suffixes, path)}
+    return suffixes if matched == chosen and not any(name.isdigit() for name in suffixes) else list(paths)

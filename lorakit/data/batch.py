@@ -1,0 +1,98 @@
+"""Rows -> batches: padding to the longest of the batch, and an order that puts rows of like length together."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorakit.data.encode import CLASSIFICATION, IGNORE, SEQ2SEQ, Encoded, check_task
+from lorakit.errors import UsageError
+
+MEGABATCH = 50
+"""How many batches are sorted by length together: enough to be rid of most padding, few enough to stay shuffled."""
+
+
+def collate(items: Sequence[Encoded], *, pad_id: int, task: str, side: str = "right") -> dict[str, Tensor]:
+    """One batch, padded to its longest row.
+
+    side: where the padding goes, right or left (the target of seq2seq is always padded right).
+    Returns input_ids (batch, seq), attention_mask (batch, seq), token_type_ids (batch, seq) where the rows have them,
+    and labels: (batch, seq) for causal-lm, (batch, target) for seq2seq, both -100 at padding; (batch,) for
+    sequence-classification, of integers for classes, float32 for scores. Raises UsageError.
+    """
+    check_task(task)
+    if side not in ("left", "right"):
+        raise UsageError(f"side must be left or right, came {side!r}")
+    if not items:
+        raise UsageError("A batch needs at least one row, came none.")
+    rows = [item.input_ids for item in items]
+    batch = {
+        "input_ids": _padded(rows, pad_id, side),
+        "attention_mask": _padded([[1] * len(row) for row in rows], 0, side),
+    }
+    types = [item.token_type_ids for item in items if item.token_type_ids is not None]
+    if len(types) == len(items):
+        batch["token_type_ids"] = _padded(types, 0, side)
+    batch["labels"] = _labels(items, task, side)
+    return batch
+
+
+def _labels(items: Sequence[Encoded], task: str, side: str) -> Tensor:
+    single = [item.labels for item in items if not isinstance(item.labels, list)]
+    several = [item.labels for item in items if isinstance(item.labels, list)]
+    if len(single if task == CLASSIFICATION else several) != len(items):
+        raise UsageError(f"These rows were encoded for another task than {task}. Encode them for it.")
+    if task == CLASSIFICATION:
+        scores = any(isinstance(label, float) for label in single)
+        return torch.tensor(single, dtype=torch.float32 if scores else torch.long)
+    return _padded(several, IGNORE, "right" if task == SEQ2SEQ else side)
+
+
+def _padded(rows: Sequence[list[int]], fill: int, side: str) -> Tensor:
+    longest = max(map(len, rows))
+    blanks = ([fill] * (longest - len(row)) for row in rows)
+    return torch.tensor([row + pad if side == "right" else pad + row for row, pad in zip(rows, blanks, strict=True)])
+
+
+class BatchOrder:
+    """Which rows make each batch. Every row is in exactly one batch an epoch; only one batch may be short.
+
+    The order follows from the seed, the epoch and the lengths alone, on every machine. With `group_by_length`, rows are
+    shuffled, sorted by length within stretches of 50 batches, cut into batches, and the batches shuffled.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, group_by_length: bool = True) -> None:
+        """lengths: tokens of each row. batch_size: rows a batch. Raises UsageError for a batch_size under 1."""
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, came {batch_size}")
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.group_by_length = group_by_length
+
+    def __len__(self) -> int:
+        """How many batches an epoch has."""
+        return -(-len(self.lengths) // self.batch_size)
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch, as row numbers."""
+        # Seeded with text: random.Random hashes it with SHA-512, which no interpreter's hash seed changes.
+        draw = random.Random(f"{self.seed}:{epoch}")
+        rows = list(range(len(self.lengths)))
+        draw.shuffle(rows)
+        if not self.group_by_length:
+            return self._cut(rows)
+        stretch = self.batch_size * MEGABATCH
+        stretches = (rows[begin : begin + stretch] for begin in range(0, len(rows), stretch))
+        rows = [row for part in stretches for row in sorted(part, key=self.lengths.__getitem__, reverse=True)]
+        batches = self._cut(rows)
+        draw.shuffle(batches)
+        return batches
+
+    def evaluation(self) -> list[list[int]]:
+        """The batches for measuring: all rows, longest first (too large a batch fails at once), nothing drawn."""
+        return self._cut(sorted(range(len(self.lengths)), key=self.lengths.__getitem__, reverse=True))
+
+    def _cut(self, rows: Sequence[int]) -> list[list[int]]:
+        return [list(rows[begin : begin + self.batch_size]) for begin in range(0, len(rows), self.batch_size)]

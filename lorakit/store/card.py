@@ -1,0 +1,33 @@
+"""The README.md of an adapter folder: a model card in the hub's form."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def model_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> str:
+    """Markdown with the hub's YAML head: base, rank, size, and how to load it in lorakit and in PEFT."""
+    base = config.get("base_model_name_or_path")
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    head = ["---", "library_name: peft", "tags:", "- lora", "- lorakit"]
+    head += [f"base_model: {base}"] if base and "/" in str(base) and not str(base).startswith("/") else []
+    metrics = extra.get("metrics")
+    lines = [
+        *head,
+        "---",
+        "",
+        f"# LoRA adapter for {base or 'a base model'}",
+        "",
+        f"Rank {config['r']}, alpha {config['lora_alpha']}, {numbers:,} parameters, trained with lorakit.",
+        "",
+        *([f"Evaluation: {', '.join(f'{key} {value:.4g}' for key, value in metrics.items())}.", ""] if metrics else []),
+        "```python",
+        "import lorakit as lk",
+        'lk.load(model, "path/to/this/folder")',
+        "```",
+        "",
+        'or in PEFT: `PeftModel.from_pretrained(model, "path/to/this/folder")`.',
+        "",
+    ]
+    return "\n".join(lines)
