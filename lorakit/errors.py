@@ -11,8 +11,8 @@
     ├── TrainingError    a run that cannot go on (a loss that is not a number, say)
     └── OutputError      a place to write that is taken, full or not writable
 
-The command line prints these as one message with exit code 1 (UsageError: 2) and no traceback. Anything else that
-escapes is a bug in lorakit.
+The command line prints these as one message with exit code 1 and no traceback (2 is for a wrong command line). Anything
+else that escapes is a bug in lorakit.
 """
 
 from collections.abc import Sequence

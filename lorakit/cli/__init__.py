@@ -1,1 +1,71 @@
-""""""
+"""The command line: a lazy table of verbs, one file a verb; no tensor code."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lorakit.errors import LorakitError
+
+VERBS = {
+    "demo": "Adapt a model from questions to SQL, prove it, and show what it cost.",
+    "train": "Train an adapter as a recipe says.",
+    "evaluate": "Measure a model, with or without an adapter, on data.",
+    "generate": "Answer prompts.",
+    "merge": "Merge an adapter into its base and write a plain transformers folder.",
+    "inspect": "Tell what an adapter holds.",
+    "verify": "List every fault of an adapter's files.",
+    "models": "List the packaged models, and fetch one.",
+}
+
+
+def build(verb: str | None) -> Any:
+    """The typer application. Only the file of `verb` is imported: `lorakit --help` imports no torch."""
+    import typer
+
+    app = typer.Typer(
+        name="lorakit",
+        help="Low-rank adaptation of language models: train, prove, merge and share adapters on one frozen base.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        rich_markup_mode="markdown",
+    )
+
+    @app.callback()
+    def root() -> None:
+        """Keeps `lorakit VERB` the form even while a single verb is registered."""
+
+    for name, summary in VERBS.items():
+        function = _load(name) if name == verb else _closed
+        app.command(name, help=summary, epilog=function.__doc__)(function)
+    return app
+
+
+def _closed() -> None:
+    """Stands for a verb that was not asked for."""
+
+
+def _load(verb: str) -> Callable[..., None]:
+    function: Callable[..., None] = importlib.import_module(f"lorakit.cli.{verb}").run
+    return function
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Exit code 0, 1 (failed: one message, no traceback) or 2 (wrong command line)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verb = next((word for word in words if not word.startswith("-")), None)
+    try:
+        build(verb)(args=words, prog_name="lorakit")
+    except LorakitError as error:
+        _fail(str(error), as_json="--json" in words)
+    except KeyboardInterrupt:
+        _fail("interrupted", as_json="--json" in words)
+
+
+def _fail(message: str, *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps({"error": message}) + "\n")
+    sys.stderr.write(f"error: {message}\n")
+    raise SystemExit(1)

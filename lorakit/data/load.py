@@ -98,7 +98,7 @@ def _glue_task(wanted: str, opened: Source) -> GlueTask | None:
         return task
     if wanted not in ("auto", "glue"):
         return None
-    is_tsv = opened.path is not None and opened.path.suffix.lower() == ".tsv" and opened.path.is_file()
+    is_tsv = opened.path is not None and opened.path.suffix.lower() == ".tsv"
     task = detect_glue(first_line(opened.path).split("\t")) if is_tsv and opened.path is not None else None
     if task is None and wanted == "glue":
         raise DataError(
@@ -125,9 +125,11 @@ def _format(
     if is_text and not targets:
         return "prompts"
     found = None if is_text else detect_format(keys, columns, targets=targets)
-    if found is None and not is_text:  # the columns without the targets fit: then each row says what it lacks
-        found = {"prompts": "prompt-completion"}.get(bare := detect_format(keys, columns, targets=False) or "", bare)
-    if not found:
+    if found is None and not is_text:
+        # Where only the targets' column is absent, the format is clear and each row can say what it lacks.
+        found = detect_format(keys, columns, targets=False)
+        found = "prompt-completion" if found == "prompts" else found
+    if found is None:
         came = "lines of text without ||" if is_text else f"rows with {', '.join(keys) or 'no columns'}"
         raise DataError(
             f"the format cannot be told: expected the columns of one of {', '.join(FORMATS)}; came {came}. "

@@ -61,8 +61,11 @@ def read_rows(
 
 
 def first_line(path: Path) -> str:
-    """The first filled line of a text file, "" where there is none that is text."""
-    return next((text for _, text in _filled_lines(path, lambda error: None)), "")
+    """The first filled line of a text file, "" where there is none that can be read (`read_rows` says why)."""
+    try:
+        return next((text for _, text in _filled_lines(path, lambda error: None)), "")
+    except OSError:
+        return ""
 
 
 def _lines(path: Path, on_fault: OnFault) -> Iterator[tuple[int, str]]:

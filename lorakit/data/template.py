@@ -29,10 +29,9 @@ def encode_chat(example: ChatExample, tokenizer: "PreTrainedTokenizerBase") -> t
     Raises DataError (with the line) for a chat that the template refuses or rewrites, or a tokenizer without template.
     """
     messages = _up_to_last_answer(example)
-    if _has_markers(tokenizer):
-        ids, loss = _by_markers(messages, tokenizer, example.line)
-    else:
-        ids, loss = _by_rendering(messages, tokenizer, example.line)
+    find = _marked_spans if _MARKER.search(_template(tokenizer)) else _answer_spans
+    text, spans = find(messages, tokenizer, example.line)
+    ids, loss = _align(text, spans, tokenizer, example.line)
     return _ended(ids, loss, tokenizer)
 
 
@@ -62,11 +61,6 @@ def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
         ) from error
 
 
-def _has_markers(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    # Only fast tokenizers can say which token a marked character went to; for the others rendering does as well.
-    return bool(_MARKER.search(_template(tokenizer))) and tokenizer.is_fast
-
-
 def _render(
     messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", line: int, *, generation_prompt: bool
 ) -> str:
@@ -80,29 +74,39 @@ def _render(
         raise DataError(reason, line=line, field="messages") from error
 
 
-def _by_markers(
+def _marked_spans(
     messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", line: int
-) -> tuple[list[int], list[bool]]:
-    _render(messages, tokenizer, line, generation_prompt=False)
-    encoded: Any = tokenizer.apply_chat_template(
-        [asdict(message) for message in messages],
-        return_dict=True,
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered chat and the stretches of it that the template's markers enclose.
+
+    Not through `return_assistant_tokens_mask`: where a stretch ends in a blank, tokenizers that trim offsets (GPT-2's)
+    make it mark everything behind, users' turns too.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _render(messages, tokenizer, line, generation_prompt=False)  # for its errors
+    specials: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    rendered: Any = render_jinja_template(
+        [[asdict(message) for message in messages]],
+        chat_template=_template(tokenizer),
         return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"verbose": False},
+        **specials,
     )
-    ids, loss = list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
-    if not any(loss):
+    text, spans = str(rendered[0][0]), []
+    for begin, end in rendered[1][0]:
+        closed = tokenizer.eos_token is not None and text.startswith(tokenizer.eos_token, end)
+        if begin < end:
+            spans.append((begin, end + len(tokenizer.eos_token) if closed else end))
+    if not spans:
         reason = "the chat template's generation markers mark nothing in this chat"
         raise DataError(reason, line=line, field="messages")
-    for position in range(1, len(ids)):
-        loss[position] |= loss[position - 1] and ids[position] == tokenizer.eos_token_id != ids[position - 1]
-    return ids, loss
+    return text, spans
 
 
-def _by_rendering(
-    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", line: int
+def _align(
+    text: str, spans: Sequence[tuple[int, int]], tokenizer: "PreTrainedTokenizerBase", line: int
 ) -> tuple[list[int], list[bool]]:
-    text, spans = _answer_spans(messages, tokenizer, line)
+    """The ids of `text`, and which of them lie in a span."""
     cuts: list[int] = []
     for start, _ in spans:
         head = _cut_ids(text[:start], cuts, tokenizer)

@@ -78,7 +78,7 @@ class LoRA(Method):
             and self.layers_to_transform is not None
         ):
             raise UsageError(
-                "layers_to_transform goes with a list of target_modules or 'all-linear'; a regular expression names layers itself."
+                "layers_to_transform goes with a list of target_modules or 'all-linear'; a regular expression names its own."
             )
         if not self.target_modules:
             raise UsageError("target_modules is empty: name the layers to adapt, or 'all-linear'.")

@@ -1,1 +1,1 @@
-""""""
+"""A recipe, checked, becomes a run: model, method, data, training, evaluation, report, in one folder."""

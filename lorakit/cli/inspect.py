@@ -1,0 +1,43 @@
+"""lorakit inspect"""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from lorakit.cli.show import megabytes, print_json, print_table
+from lorakit.run.subject import adapter_folder
+from lorakit.store.inspect import inspect
+
+
+def run(
+    adapter: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder or a hub id.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Example: lorakit inspect runs/sql"""
+    found = inspect(adapter_folder(adapter))
+    if as_json:
+        print_json(asdict(found))
+    else:
+        facts = [
+            ("kind", found.kind),
+            ("base", found.base),
+            ("identity", found.identity),
+            ("parameters", found.parameters),
+            ("tensors file", megabytes(found.bytes)),
+            ("trained in full", ", ".join(found.replaced) or None),
+            ("settings", ", ".join(f"{key}={value}" for key, value in found.config.items() if key in SHOWN)),
+        ]
+        print_table(["", found.source], facts)
+        rows = [
+            (one.path, one.rank, f"{one.shape[0]} -> {one.shape[1]}", one.scaling, one.dtype, one.norm)
+            for one in found.modules
+        ]
+        if rows:
+            print_table(["module", "rank", "widths", "scaling", "dtype", "norm of dW"], rows)
+    if found.faults:
+        typer.echo("faults:\n" + "\n".join(f"  - {fault}" for fault in found.faults), err=True)
+        raise typer.Exit(1)
+
+
+SHOWN = ("r", "lora_alpha", "target_modules", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern")

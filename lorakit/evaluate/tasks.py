@@ -1,0 +1,126 @@
+"""A model on a data set -> predictions and their metrics."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorakit.data import ChatExample, Dataset, LabelExample, PromptExample, group_references, prompt_text, references_of
+from lorakit.errors import DataError
+from lorakit.evaluate.registry import check_metrics, default_metrics, score
+from lorakit.generate import GenerateConfig, classify, generate
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model made of a data set.
+
+    metrics: name -> value. predictions: a text, class id or number a row. rows: one JSON-like record a prediction
+    (the input, the prediction, the reference or references), as `write_predictions` takes them.
+    """
+
+    metrics: dict[str, float]
+    predictions: list[Any]
+    rows: list[dict[str, Any]] = field(repr=False)
+
+
+def evaluate_generation(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[PromptExample | ChatExample],
+    config: GenerateConfig,
+    metrics: Sequence[str],
+    *,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Answer every example and hold the answers against its references.
+
+    Rows that share a prompt are answered once, against the references of all of them; of a chat the last assistant
+    turn is the reference. progress: called with (answers done, answers in all). Raises UsageError for metrics that are
+    not of text, DataError for an example without reference.
+    """
+    check_metrics(metrics, "text")
+    prompts = group_references([example for example in examples if isinstance(example, PromptExample)])
+    chats = [example for example in examples if isinstance(example, ChatExample)]
+    questions: list[PromptExample | ChatExample] = [*prompts, *chats]
+    if not questions:
+        raise DataError("there is nothing to evaluate: expected at least one prompt or chat, came none.")
+    references = [list(references_of(example)) for example in questions]
+    for example, known in zip(questions, references, strict=True):
+        if not known:
+            raise DataError("there is no reference to hold the model's answer against", line=example.line)
+    answers = generate(model, tokenizer, questions, config, progress=progress)
+    rows = [
+        {"prompt": prompt_text(example, tokenizer), "prediction": answer, "references": known}
+        for example, answer, known in zip(questions, answers, references, strict=True)
+    ]
+    return Evaluation(score(metrics, answers, references), answers, rows)
+
+
+def evaluate_classification(
+    model: Any,
+    tokenizer: Any,
+    dataset: Dataset,
+    metrics: Sequence[str] | None = None,
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    truncate: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Classify every example (or predict its number) and hold it against its label.
+
+    metrics: None takes `default_metrics`. max_length, truncate: as in `classify`. progress: called with (rows done,
+    rows in all). Raises UsageError for metrics of another kind, DataError for a row without label or no rows.
+    """
+    examples = _labelled(dataset)
+    kind = "number" if dataset.regression else "label"
+    if metrics is None:
+        count = None if dataset.label_names is None else len(dataset.label_names)
+        metrics = default_metrics(
+            "sequence-classification", dataset.format, num_labels=count, regression=dataset.regression
+        )
+    check_metrics(metrics, kind)
+    _check_heads(model, dataset)
+    found = classify(
+        model,
+        tokenizer,
+        examples,
+        batch_size=batch_size,
+        max_length=max_length,
+        truncate=truncate,
+        progress=progress,
+    )
+    values = [prediction.scores[0] if dataset.regression else prediction.label for prediction in found]
+    labels = [example.label for example in examples]
+    rows = [
+        {"text": example.text, "pair": example.pair, "prediction": value, "label": example.label}
+        for example, value in zip(examples, values, strict=True)
+    ]
+    return Evaluation(score(metrics, values, labels), values, rows)
+
+
+def _labelled(dataset: Dataset) -> list[LabelExample]:
+    examples = [example for example in dataset.examples if isinstance(example, LabelExample)]
+    if not examples or len(examples) != len(dataset):
+        raise DataError(
+            f"expected texts with labels, came {dataset.format} ({len(dataset)} rows)", source=dataset.source
+        )
+    for example in examples:
+        if example.label is None:
+            raise DataError(
+                "it is missing, and evaluation needs it", source=dataset.source, line=example.line, field="label"
+            )
+    return examples
+
+
+def _check_heads(model: Any, dataset: Dataset) -> None:
+    """The model must predict what the data hold; else every figure would be about something else."""
+    outputs = model.config.num_labels
+    expected = 1 if dataset.regression else len(dataset.label_names or [])
+    if expected and outputs != expected:
+        what = "a number" if dataset.regression else f"{expected} labels ({', '.join(dataset.label_names or [])})"
+        raise DataError(
+            f"the data hold {what}, but the model has {outputs} outputs. Load it for them.", source=dataset.source
+        )

@@ -1,0 +1,61 @@
+"""An adapter merged into its base, written as a plain transformers folder."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit.attach.merge import merge
+from lorakit.errors import OutputError, UsageError
+from lorakit.run.subject import NAME, Subject
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written. max_logit_difference: the largest change of a logit on the probe, merged against unmerged."""
+
+    folder: Path
+    max_logit_difference: float
+    bytes: int
+
+
+def export_merged(subject: Subject, folder: str | Path, *, overwrite: bool = False) -> Export:
+    """Merge the subject's adapter into its base and write both as one transformers folder, tokenizer included.
+
+    The folder appears whole or not at all. Raises UsageError without an adapter, OutputError where something stands there.
+    """
+    if subject.adapter is None:
+        raise UsageError("nothing to merge: name a run's folder or an adapter.")
+    target = Path(folder).expanduser()
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise OutputError(f"{target} is not empty. Choose another folder, or replace it (--overwrite).")
+    report = merge(subject.model, NAME, keep=False, probe=_probe(subject))
+    parent = target.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+        try:
+            subject.model.save_pretrained(scratch)
+            subject.tokenizer.save_pretrained(scratch)
+            scratch.chmod(0o755)
+            if target.exists():
+                shutil.rmtree(target)
+            scratch.rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}. Nothing was left behind.") from error
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    return Export(target, report.max_logit_difference or 0.0, size)
+
+
+def _probe(subject: Subject) -> dict[str, Any]:
+    """A short batch on which merged and unmerged logits are compared."""
+    encoded = subject.tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
+    probe = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+    if subject.task == "seq2seq":
+        probe["decoder_input_ids"] = torch.full((1, 1), subject.model.config.decoder_start_token_id)
+    return probe

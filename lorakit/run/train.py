@@ -1,0 +1,378 @@
+"""`train`: a recipe to a trained, measured, stored adapter with its report."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.attach.anatomy import output_head
+from lorakit.attach.api import attach, count_parameters, parameters, use
+from lorakit.data import Dataset, Encoded, LabelExample, describe, encode_all, load_examples, prompt_text, references_of
+from lorakit.errors import DataError, RecipeError, TrainingError, UsageError
+from lorakit.evaluate import (
+    METRICS,
+    Evaluation,
+    check_metrics,
+    default_metrics,
+    evaluate_classification,
+    evaluate_generation,
+)
+from lorakit.generate import generate
+from lorakit.methods.lora import LoRA
+from lorakit.models import Loaded, load
+from lorakit.models.limits import longest_row
+from lorakit.report import Report, Sample, run_report, write_report
+from lorakit.run.batches import EncodedBatches
+from lorakit.run.folder import RunFolder
+from lorakit.run.listen import Listener
+from lorakit.run.recipe import Recipe, load_recipe, to_yaml
+from lorakit.store.api import save
+from lorakit.train.loop import Hooks, Trainer
+from lorakit.train.loss import custom_objective, mean_loss, objective_for
+from lorakit.train.state import load_state, save_state
+
+NAME = "default"  # the adapter's name in a run
+Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished (or interrupted) run. model, tokenizer: with the adapter on, ready to use."""
+
+    folder: Path
+    summary: dict[str, Any]
+    interrupted: bool
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
+
+
+def train(
+    recipe: "str | Path | Mapping[str, Any] | Recipe",
+    *,
+    loss: Loss | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+) -> RunResult:
+    """Train an adapter as the recipe says and leave a run's folder: adapter, metrics, summary, report.
+
+    loss: an objective of your own, `loss(model, batch)` -> the mean over the batch's rows, in place of the task's.
+    overrides: "train.lr=1e-4" each. resume: go on from the folder's checkpoint. overwrite: replace a run that is there.
+    Ctrl-C ends the current step, saves, and returns with `interrupted` true. Raises LorakitError, with what was trained
+    so far saved where there was anything.
+    """
+    return _Run(load_recipe(recipe, overrides), loss, listener or Listener()).go(resume=resume, overwrite=overwrite)
+
+
+class _Run:
+    """One run from recipe to report; each method is one part of it."""
+
+    def __init__(self, recipe: Recipe, loss: Loss | None, listener: Listener) -> None:
+        self.recipe, self.loss, self.listener = recipe, loss, listener
+        self.folder = RunFolder(recipe.output)
+        self.began = time.perf_counter()
+        self.before: dict[str, float] = {}
+        self.answers_before: list[str] = []
+
+    def go(self, *, resume: bool, overwrite: bool) -> RunResult:
+        self.check()
+        if resume and not self.folder.checkpoint.is_dir():
+            raise UsageError(f"{self.folder.path} has no checkpoint to go on from. Start the run without --resume.")
+        self.read_data()
+        if not resume:
+            self.folder.begin(to_yaml(self.recipe), overwrite=overwrite)
+        self.load_model()
+        self.encode()
+        if not resume and not self.classifies:
+            self.measure_base()
+        trainer = self.trainer()
+        if resume:
+            trainer.state, trainer.best = load_state(self.folder.checkpoint, trainer.parameters, trainer.optimizer)
+            self.folder.cut_rows(trainer.state.step)
+        self.listener.stage(f"training for {trainer.total} steps")
+        try:
+            trainer.run()
+        except TrainingError:
+            self.save_adapter()
+            raise
+        self.save_adapter()
+        if trainer.interrupted:
+            self.listener.note(f"stopped at step {trainer.state.step} of {trainer.total}; everything is saved.")
+            return RunResult(self.folder.path, {"step": trainer.state.step}, True, self.model, self.loaded.tokenizer)
+        summary = self.summarise(trainer)
+        return RunResult(self.folder.path, summary, False, self.model, self.loaded.tokenizer)
+
+    # -- before training -----------------------------------------------------------------------------------------------
+
+    @property
+    def classifies(self) -> bool:
+        return self.recipe.task == "sequence-classification"
+
+    def check(self) -> None:
+        """What can be known to be wrong before anything is loaded."""
+        if self.recipe.data.train is None:
+            raise RecipeError("data.train is missing: a training set is needed.")
+        if self.recipe.evaluate.metrics:
+            check_metrics(self.recipe.evaluate.metrics)
+
+    def read_data(self) -> None:
+        self.listener.stage("reading data")
+        data, seed = self.recipe.data, self.recipe.train.seed
+        self.train_set = self._read(data.train, "train", data.limit, seed)
+        self.eval_set = self._read(data.eval, "eval", data.eval_limit, seed)
+        self.test_set = self._read(data.test, "test", data.eval_limit, seed)
+        if self.classifies != isinstance(self.train_set.examples[0], LabelExample):
+            raise DataError(
+                f"the task {self.recipe.task} does not go with {self.train_set.format} data. Set `task: "
+                f"{'causal-lm' if self.classifies else 'sequence-classification'}`, or name the data's format.",
+                source=self.train_set.source,
+            )
+
+    def _read(self, source: str | None, split: str, limit: int | None, seed: int) -> Any:
+        if source is None:
+            return None
+        data, known = self.recipe.data, getattr(self, "train_set", None)
+        return load_examples(
+            source,
+            format=data.format,
+            split=split,
+            columns=data.columns,
+            label_names=known.label_names if known else None,
+            regression=known.regression if known and known.regression else None,
+            limit=limit,
+            seed=seed,
+        )
+
+    def load_model(self) -> None:
+        self.listener.stage(f"loading {self.recipe.model}")
+        torch.manual_seed(self.recipe.train.seed)  # a new head is drawn from the global generator
+        labels: Dataset = self.train_set
+        self.loaded: Loaded = load(
+            self.recipe.model,
+            task=self.recipe.task,
+            dtype=self.recipe.base.dtype,
+            revision=self.recipe.base.revision,
+            label_names=labels.label_names if self.classifies else None,
+            regression=self.classifies and labels.regression,
+            progress=True,
+        )
+        self.model = self.loaded.model
+        # Adapters are trained in float32 whatever the base is in: small steps vanish in half precision.
+        report = attach(self.model, self.method(), name=NAME, dtype=torch.float32, seed=self.recipe.train.seed)
+        self.listener.note(
+            f"{report.trainable:,} of {report.total:,} parameters are trained ({report.trainable / report.total:.2%})"
+        )
+
+    def method(self) -> Any:
+        """The recipe's method; a classification head is trained in full beside it unless the recipe names what is."""
+        method = self.recipe.method
+        if self.classifies and isinstance(method, LoRA) and method.modules_to_save is None:
+            head = output_head(self.model)
+            if head is not None:
+                return replace(method, modules_to_save=[head])
+        return method
+
+    def encode(self) -> None:
+        self.listener.stage("encoding")
+        self.train_rows = self._encode(self.train_set)
+        self.eval_rows = self._encode(self.eval_set) if self.eval_set is not None else None
+        settings = self.recipe.train
+        facts = describe(self.train_set, self.train_rows, batch_size=settings.batch_size, seed=settings.seed)
+        self.listener.note(f"{facts.rows:,} rows, {facts.tokens:,} tokens, {facts.loss_tokens:,} of them targets")
+
+    def _encode(self, dataset: Dataset) -> list[Encoded]:
+        data = self.recipe.data
+        longest = data.max_length or longest_row(self.model, self.loaded.tokenizer)
+        return encode_all(
+            dataset,
+            self.loaded.tokenizer,
+            task=self.recipe.task,
+            max_length=longest,
+            truncate=data.truncate,
+            progress=self.listener.progress,
+        )
+
+    def batches(self, rows: Sequence[Encoded], batch_size: int) -> EncodedBatches:
+        return EncodedBatches(
+            rows,
+            task=self.recipe.task,
+            pad_id=self.loaded.tokenizer.pad_token_id,
+            batch_size=batch_size,
+            seed=self.recipe.train.seed,
+            group_by_length=self.recipe.train.group_by_length,
+        )
+
+    def trainer(self) -> Trainer:
+        settings = self.recipe.train
+        if self.loss is None:
+            self.objective = objective_for(self.recipe.task, label_smoothing=settings.label_smoothing)
+        else:
+            self.objective = custom_objective(self.loss)
+        # The eval loss is the plain one: smoothing shapes training, it is not what is wanted.
+        self.measured = objective_for(self.recipe.task) if self.loss is None else self.objective
+        hooks = Hooks(
+            row=self.add_row,
+            evaluate=self.evaluate if self.eval_rows else None,
+            higher_is_better=lambda name: name in METRICS and METRICS[name].higher_is_better,
+            checkpoint=self.checkpoint,
+        )
+        batches = self.batches(self.train_rows, settings.batch_size)
+        trainer = Trainer(self.model, parameters(self.model, NAME), batches, self.objective, settings, hooks)
+        self.total_steps = trainer.total
+        return trainer
+
+    # -- while training ------------------------------------------------------------------------------------------------
+
+    def add_row(self, row: Mapping[str, float]) -> None:
+        self.folder.add_row(row)
+        self.listener.row(row, self.total_steps)
+
+    def checkpoint(self, trainer: Trainer) -> None:
+        save_state(self.folder.checkpoint, trainer.state, trainer.parameters, trainer.optimizer, trainer.best)
+
+    def evaluate(self) -> dict[str, float]:
+        """The eval loss, and for classification its metrics: quick enough for every time."""
+        batches = self.batches(self.eval_rows or [], self.recipe.train.batch_size).evaluation()
+        device = next(self.model.parameters()).device
+        moved = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+        metrics = {"loss": mean_loss(self.model, moved, self.measured)}
+        if self.classifies and self.eval_set is not None:
+            metrics |= self._classify(self.eval_set).metrics
+        return metrics
+
+    # -- measuring -----------------------------------------------------------------------------------------------------
+
+    def _classify(self, dataset: Dataset) -> Evaluation:
+        return evaluate_classification(
+            self.model,
+            self.loaded.tokenizer,
+            dataset,
+            self._metrics(dataset),
+            max_length=self.recipe.data.max_length or longest_row(self.model, self.loaded.tokenizer),
+            truncate=self.recipe.data.truncate,
+        )
+
+    def _metrics(self, dataset: Dataset) -> Sequence[str]:
+        if self.recipe.evaluate.metrics is not None:
+            return self.recipe.evaluate.metrics
+        count = len(dataset.label_names) if dataset.label_names else None
+        return default_metrics(self.recipe.task, dataset.format, num_labels=count, regression=dataset.regression)
+
+    @property
+    def measured_set(self) -> Dataset | None:
+        chosen: Dataset | None = self.test_set if self.test_set is not None else self.eval_set
+        return chosen
+
+    def measure_base(self) -> None:
+        """The base's metrics and answers, before the adapter has learnt anything."""
+        dataset = self.measured_set
+        if dataset is None:
+            return
+        with use(self.model, None):
+            if self.recipe.evaluate.metrics and self.recipe.evaluate.before:
+                self.listener.stage("measuring the base")
+                self.before = self._generate(dataset).metrics
+            if self.recipe.evaluate.samples:
+                self.listener.stage("the base's answers")
+                self.answers_before = self._answers(dataset)
+
+    def _generate(self, dataset: Dataset) -> Evaluation:
+        examples: Any = dataset.examples
+        return evaluate_generation(
+            self.model,
+            self.loaded.tokenizer,
+            examples,
+            self.recipe.generate,
+            self.recipe.evaluate.metrics or (),
+            progress=self.listener.progress,
+        )
+
+    def _answers(self, dataset: Dataset) -> list[str]:
+        examples: Any = dataset.examples[: self.recipe.evaluate.samples]
+        return generate(
+            self.model, self.loaded.tokenizer, examples, self.recipe.generate, progress=self.listener.progress
+        )
+
+    # -- after training ------------------------------------------------------------------------------------------------
+
+    def save_adapter(self) -> None:
+        notes = {"model": self.recipe.model, "task": self.recipe.task, "label_names": self.train_set.label_names}
+        save(self.model, self.folder.adapter, NAME, notes=notes)
+
+    def summarise(self, trainer: Trainer) -> dict[str, Any]:
+        dataset, after = self.measured_set, {}
+        if dataset is not None and self.classifies:
+            after = self._classify(dataset).metrics
+        elif dataset is not None and self.recipe.evaluate.metrics:
+            self.listener.stage("measuring the adapter")
+            after = self._generate(dataset).metrics
+        counts, state = count_parameters(self.model), trainer.state
+        summary: dict[str, Any] = {
+            "model": self.recipe.model,
+            "task": self.recipe.task,
+            "steps": state.step,
+            "best_step": state.best_step,
+            "trainable_parameters": counts.trainable,
+            "low_rank_parameters": counts.low_rank,
+            "total_parameters": counts.total,
+            "adapter_bytes": (self.folder.adapter / "adapter_model.safetensors").stat().st_size,
+            "model_bytes": model_bytes(self.model),
+            "peak_memory_bytes": peak_memory(),
+            "training_seconds": state.seconds,
+            "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
+            "before": self.before,
+            "after": after,
+        }
+        samples = self.samples()
+        summary["seconds"] = time.perf_counter() - self.began
+        self.folder.write_summary(summary)
+        write_report(self.folder.report, self.report(summary, samples))
+        return summary
+
+    def samples(self) -> list[Sample]:
+        dataset = self.measured_set
+        if dataset is None or self.classifies or not self.answers_before:
+            return []
+        self.listener.stage("the adapter's answers")
+        examples: Any = dataset.examples[: self.recipe.evaluate.samples]
+        return [
+            Sample(
+                prompt=prompt_text(example, self.loaded.tokenizer),
+                reference=next(iter(references_of(example)), None),
+                before=before,
+                after=after,
+            )
+            for example, before, after in zip(examples, self.answers_before, self._answers(dataset), strict=True)
+        ]
+
+    def report(self, summary: Mapping[str, Any], samples: Sequence[Sample]) -> Report:
+        run = self.folder.path
+        steps = [
+            ("Answer prompts of your own", f"lorakit generate {run} --prompt '...'"),
+            ("Measure it on other data", f"lorakit evaluate {run} --data FILE"),
+            ("Look at the adapter", f"lorakit inspect {run}/adapter"),
+            ("Merge it into a plain transformers model", f"lorakit merge {run} --out {run}-merged"),
+        ]
+        return run_report(
+            run, summary, title=f"{self.recipe.model} on {self.train_set.source}", samples=samples, next_steps=steps
+        )
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of the base's parameters, shared ones once."""
+    return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if ".lora_" not in f".{name}")
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

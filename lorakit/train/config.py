@@ -1,0 +1,76 @@
+"""The settings of a training run."""
+
+from dataclasses import dataclass
+
+from lorakit.errors import UsageError
+
+SCHEDULES = ("linear", "cosine", "constant")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How an adapter is trained. Raises UsageError for a value that makes no sense."""
+
+    epochs: float = 1.0
+    """Passes over the training set; a fraction stops inside one."""
+    max_steps: int | None = None
+    """Optimizer steps at the most; None = what `epochs` gives."""
+    batch_size: int = 8
+    """Examples in one forward pass."""
+    accumulate: int = 1
+    """Forward passes per optimizer step; the loss is normalised over all of them together."""
+    lr: float = 2.0e-4
+    """Peak learning rate. LoRA wants about ten times what full fine-tuning does."""
+    schedule: str = "linear"
+    """How the rate goes after warm-up: linear or cosine to zero, or constant."""
+    warmup: float = 0.06
+    """Warm-up: a share of all steps where below 1, else a number of steps."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = 0.999
+    """AdamW's decay of the gradient's square."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient; None = unbounded."""
+    precision: str = "fp32"
+    """fp32, or autocast to bf16 or fp16 (fp16 on a GPU only)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability that is spread over all classes."""
+    group_by_length: bool = True
+    """Put rows of like length into a batch: less padding."""
+    seed: int = 0
+    """Of the adapter's first values, a new head, the order of the data and dropout."""
+    eval_every: int | None = None
+    """Steps between evaluations; None = after each epoch."""
+    keep: str = "best"
+    """Which adapter stays: "best" on the eval set (the last where there is none), or "last"."""
+    best_metric: str = "loss"
+    """What "best" means: the eval loss, or the name of an evaluated metric."""
+    save_every: int | None = None
+    """Steps between checkpoints from which a run can be resumed; None = at the end and on Ctrl-C."""
+    log_every: int = 1
+    """Steps between rows of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "accumulate", "eval_every", "save_every", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"train.{name} must be at least 1, not {value}.")
+        for name in ("epochs", "lr"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"train.{name} must be above 0, not {getattr(self, name)}.")
+        for name in ("warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"train.{name} must not be negative, not {getattr(self, name)}.")
+        for name in ("beta1", "beta2", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"train.{name} must be in [0, 1), not {getattr(self, name)}.")
+        if self.clip is not None and not self.clip > 0:
+            raise UsageError(f"train.clip must be above 0 (leave it empty for no clipping), not {self.clip}.")
+        for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("keep", ("best", "last"))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"train.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}.")

@@ -1,0 +1,246 @@
+"""The training loop: batches in, a trained adapter out. Distribution and mixed precision are accelerate's."""
+
+import math
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import TrainingError, UsageError
+from lorakit.train.config import TrainConfig
+from lorakit.train.loss import Batch, Objective
+from lorakit.train.schedule import factor
+from lorakit.train.state import TrainState, restore, snapshot
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Row = dict[str, float]
+
+
+class Batches(Protocol):
+    """What the loop needs of the data: the batches of an epoch, the same for the same number, made when asked for."""
+
+    def __len__(self) -> int: ...
+    def make(self, epoch: int, start: int) -> Iterator[Batch]: ...
+    def targets(self, batch: Batch) -> int: ...
+
+
+@dataclass
+class Hooks:
+    """What a run wants to hear of and to do in between. Each is called after the step that it speaks of."""
+
+    row: Callable[[Row], None] = lambda row: None
+    """A row of metrics: training ("loss", "lr", ...) or evaluation ("eval_...")."""
+    evaluate: Callable[[], Mapping[str, float]] | None = None
+    """Measures the adapter as it is: {"loss": ..., other metrics}."""
+    higher_is_better: Callable[[str], bool] = lambda name: name != "loss"
+    """Which way a metric is better."""
+    checkpoint: Callable[["Trainer"], None] | None = None
+    """Saves the whole state."""
+
+
+class Trainer:
+    """One training run: model, trainable parameters, optimizer, state.
+
+    parameters: what is trained (lorakit.parameters(model, name)). The model is left in evaluation mode, with the best (or
+    last) adapter in place.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        batches: Batches,
+        objective: Objective,
+        config: TrainConfig,
+        hooks: Hooks | None = None,
+    ) -> None:
+        if not parameters:
+            raise UsageError("nothing to train: the adapter has no trainable parameters.")
+        self.accelerator = _accelerator(config)
+        self.config, self.batches, self.objective, self.hooks = config, batches, objective, hooks or Hooks()
+        self.parameters = list(parameters)
+        _checkpointing(model, config.gradient_checkpointing)
+        optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.state, self.best = TrainState(), None
+        per_epoch = max(1, math.ceil(len(batches) / config.accumulate))
+        self.steps_per_epoch = per_epoch
+        self.total = min(math.ceil(per_epoch * config.epochs), config.max_steps or 2**62)
+        self.interrupted = False
+
+    def run(self) -> TrainState:
+        """Train to the end, or to Ctrl-C (`interrupted` is then true). Raises TrainingError on a loss that is no number."""
+        with _stop_on_interrupt(self):
+            while self.state.step < self.total and not self.interrupted:
+                self._epoch()
+        self.model.eval()
+        if not self.interrupted:
+            self._finish()
+        if self.hooks.checkpoint is not None:
+            self.hooks.checkpoint(self)
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return self.state
+
+    def _epoch(self) -> None:
+        """The rest of the current epoch, from the state's batch on."""
+        state, config = self.state, self.config
+        self.model.train()
+        source = self.batches.make(state.epoch, state.batch)
+        while state.step < self.total and not self.interrupted:
+            group = [batch for _, batch in zip(range(config.accumulate), source, strict=False)]
+            if not group:
+                state.epoch, state.batch = state.epoch + 1, 0
+                return
+            self._step(group)
+            ended = state.batch >= len(self.batches)
+            due = state.step % config.eval_every == 0 if config.eval_every else ended
+            if self.hooks.evaluate is not None and (due or state.step == self.total):
+                self._evaluate()
+            if config.save_every and state.step % config.save_every == 0 and self.hooks.checkpoint is not None:
+                self.hooks.checkpoint(self)
+
+    def _step(self, group: Sequence[Batch]) -> None:
+        """One optimizer step over `accumulate` batches; the loss is the mean over the targets of all of them."""
+        begin, state = time.perf_counter(), self.state
+        rate = self.config.lr * factor(self.config, state.step, self.total)
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = rate
+        count = max(1, sum(self.batches.targets(batch) for batch in group))
+        loss = 0.0
+        for batch in group:
+            moved = {key: value.to(self.accelerator.device) for key, value in batch.items()}
+            part = self.objective(self.model, moved)
+            value = float(part.total.detach())
+            if not math.isfinite(value):
+                self._give_up(f"the loss is {value}", rate)
+            self.accelerator.backward(part.total / count)
+            loss += value
+        norm = self._clip(rate)
+        self.good = snapshot(self.parameters)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens = sum(int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0 for batch in group)
+        seconds = time.perf_counter() - begin
+        state.step, state.batch, state.tokens = state.step + 1, state.batch + len(group), state.tokens + tokens
+        state.examples += sum(next(iter(batch.values())).shape[0] for batch in group)
+        state.seconds += seconds
+        if state.step % self.config.log_every == 0 or state.step == self.total:
+            self.hooks.row(
+                {
+                    "step": state.step,
+                    "epoch": state.epoch + state.batch / len(self.batches),
+                    "loss": loss / count,
+                    "lr": rate,
+                    "grad_norm": norm,
+                    "tokens_per_second": tokens / seconds,
+                    "seconds": state.seconds,
+                }
+            )
+
+    def _clip(self, rate: float) -> float:
+        self.accelerator.unscale_gradients(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf))
+        if not math.isfinite(norm) and self.config.precision != "fp16":  # fp16: the scaler skips the step by itself
+            self.good = snapshot(self.parameters)  # their loss was a number
+            self._give_up(f"the gradient's norm is {norm}", rate)
+        return norm
+
+    def _give_up(self, what: str, rate: float) -> None:
+        """Put the last good adapter in place and raise."""
+        step = self.state.step + 1
+        kept = "the untrained adapter"
+        if self.best is not None and self.config.keep == "best":
+            restore(self.parameters, self.best)
+            kept = f"the best adapter so far (step {self.state.best_step})"
+        elif self.state.step:
+            restore(self.parameters, self.good)
+            kept = "the last adapter whose loss was a number"
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.eval()
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        raise TrainingError(
+            f"{what} at step {step} (learning rate {rate:.3g}): stopped. Kept: {kept}. Try a lower train.lr, a longer "
+            "train.warmup or a smaller train.clip; with fp16, try bf16."
+        )
+
+    def _evaluate(self) -> None:
+        if self.hooks.evaluate is None:
+            return
+        self.model.eval()
+        metrics = dict(self.hooks.evaluate())
+        self.model.train()
+        self.hooks.row({"step": self.state.step, **{f"eval_{name}": value for name, value in metrics.items()}})
+        name = self.config.best_metric
+        if name not in metrics:
+            raise UsageError(f"train.best_metric is {name!r}, but the evaluation gives {', '.join(metrics)}.")
+        sign = 1 if self.hooks.higher_is_better(name) else -1
+        before = self.state.best_value
+        if math.isfinite(metrics[name]) and (before is None or sign * metrics[name] > sign * before):
+            self.state.best_value, self.state.best_step = metrics[name], self.state.step
+            self.best = snapshot(self.parameters) if self.config.keep == "best" else None
+
+    def _finish(self) -> None:
+        if self.config.keep == "best" and self.best is not None:
+            restore(self.parameters, self.best)
+
+    good: list[Tensor]
+    best: list[Tensor] | None
+
+
+def _accelerator(config: TrainConfig) -> "Accelerator":
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    precision = "no" if config.precision == "fp32" else config.precision
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UsageError(
+            "train.precision fp16 needs a GPU, and there is none here. Use fp32 (or bf16 where the CPU has it)."
+        )
+    if precision == "bf16" and not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        warnings.warn("this CPU has no bf16 arithmetic: train.precision bf16 will be many times slower than fp32.", stacklevel=4)
+    AcceleratorState._reset_state()  # it outlives a run, and would refuse a second one of another precision
+    accelerator = Accelerator(mixed_precision=precision)
+    if accelerator.num_processes > 1:
+        raise UsageError("training over several processes is not supported yet. Start a single process.")
+    return accelerator
+
+
+def _checkpointing(model: nn.Module, wanted: bool) -> None:
+    if not wanted:
+        return
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise UsageError(
+            f"{type(model).__name__} has no gradient checkpointing. Leave train.gradient_checkpointing off."
+        )
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+@contextmanager
+def _stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
+    """The first Ctrl-C lets the step end and stops the run; a second one breaks off at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        trainer.interrupted = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

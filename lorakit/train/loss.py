@@ -1,0 +1,97 @@
+"""Losses as (sum, count): a step divides the sum over all its batches by the count over all of them.
+
+So neither gradient accumulation nor the shape of a batch changes what is minimised: the mean over target tokens (or rows).
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = -100
+Batch = Mapping[str, Tensor]
+
+
+class LossSum(NamedTuple):
+    """total: the summed loss, with gradients; targets: how many target tokens (or rows) it is a sum over."""
+
+    total: Tensor
+    targets: int
+
+
+Objective = Callable[[nn.Module, Batch], LossSum]
+
+
+def targets(batch: Batch, task: str) -> int:
+    """How many targets a batch has: tokens that carry loss, or rows of a classification."""
+    labels = batch["labels"]
+    if task == "causal-lm":
+        return int((labels[:, 1:] != IGNORE).sum())
+    return int((labels != IGNORE).sum()) if task == "seq2seq" else labels.shape[0]
+
+
+def objective_for(task: str, *, label_smoothing: float = 0.0) -> Objective:
+    """The loss of a task: cross-entropy of next tokens or classes, squared error of scores."""
+    loss = {"causal-lm": _causal, "seq2seq": _seq2seq}.get(task, _classification)
+    return lambda model, batch: loss(model, batch, label_smoothing)
+
+
+def custom_objective(loss: Callable[[nn.Module, Batch], Tensor]) -> Objective:
+    """A user's `loss(model, batch)`, a mean over the batch's rows, as a LossSum."""
+
+    def objective(model: nn.Module, batch: Batch) -> LossSum:
+        rows = next(iter(batch.values())).shape[0]
+        return LossSum(loss(model, batch) * rows, rows)
+
+    return objective
+
+
+def _causal(model: nn.Module, batch: Batch, smoothing: float) -> LossSum:
+    """Position t predicts token t + 1. The head runs only on the columns in which some row has a target."""
+    shifted = batch["labels"][:, 1:]  # (batch, seq - 1)
+    columns = (shifted != IGNORE).any(0).nonzero().flatten()
+    inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
+    if _takes_columns(type(model)):  # type: ignore[arg-type]
+        logits = model(**inputs, logits_to_keep=columns, use_cache=False).logits  # (batch, columns, vocab)
+    else:
+        logits = model(**inputs).logits[:, columns]
+    return _cross_entropy(logits, shifted[:, columns], smoothing)
+
+
+def _seq2seq(model: nn.Module, batch: Batch, smoothing: float) -> LossSum:
+    return _cross_entropy(model(**batch).logits, batch["labels"], smoothing)
+
+
+def _classification(model: nn.Module, batch: Batch, smoothing: float) -> LossSum:
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits  # (batch, classes)
+    labels = batch["labels"]
+    if labels.is_floating_point():
+        total = nn.functional.mse_loss(logits.squeeze(-1).float(), labels, reduction="sum")
+        return LossSum(total, labels.shape[0])
+    return _cross_entropy(logits, labels, smoothing)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> LossSum:
+    wanted = labels != IGNORE
+    flat = logits[wanted].float()  # (targets, classes): padding and prompts cost no softmax
+    total = nn.functional.cross_entropy(flat, labels[wanted], reduction="sum", label_smoothing=smoothing)
+    return LossSum(total, flat.shape[0])
+
+
+@cache
+def _takes_columns(cls: Any) -> bool:
+    """Whether a model's forward can compute the logits of chosen positions only (transformers' `logits_to_keep`)."""
+    return "logits_to_keep" in inspect.signature(cls.forward).parameters
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Batch], objective: Objective) -> float:
+    """The mean loss over batches, weighed by their targets. The caller sets evaluation mode."""
+    total, count = 0.0, 0
+    for batch in batches:
+        part = objective(model, batch)
+        total, count = total + float(part.total), count + part.targets
+    return total / max(1, count)
