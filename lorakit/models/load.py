@@ -181,6 +181,10 @@ def _is_head(model: Any, key: str) -> bool:
 
 def _unreadable(name: str, what: str, error: Exception) -> ModelError:
     text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"{name} needs code of its own, which lorakit does not run. Use a model that transformers has."
+        )
     return ModelError(f"{name}: {what} cannot be read ({type(error).__name__}: {text[:400]}).")
 
 

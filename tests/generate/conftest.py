@@ -76,7 +76,7 @@ def make_writer(kind):
         num_layers=2,
         num_heads=4,
         decoder_start_token_id=0,
-        initializer_factor=5.0,
+        initializer_factor=2.0,
         pad_token_id=0,
         eos_token_id=1,
     )

@@ -114,12 +114,13 @@ def test_top_k_of_one_is_greedy_and_top_k_of_zero_is_not_fifty(llama, tokenizer)
     assert len(letters) > 60
 
 
-def test_beams_find_a_likelier_text_than_greedy(writer, tokenizer):
+def test_batched_beams_are_each_rows_own_beams(writer, tokenizer):
     beams = generate(writer, tokenizer, PROMPTS, GenerateConfig(max_new_tokens=6, num_beams=6, batch_size=3))
     alone = [
         generate(writer, tokenizer, [prompt], GenerateConfig(max_new_tokens=6, num_beams=6))[0] for prompt in PROMPTS
     ]
     assert beams == alone
+    assert beams != generate(writer, tokenizer, PROMPTS, GenerateConfig(max_new_tokens=6))
 
 
 def test_no_repeat_ngram_size(llama, tokenizer):
