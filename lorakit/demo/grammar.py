@@ -1,6 +1,7 @@
 """Questions with their SQL, sampled from the shapes: one set for training, one whose wordings training never sees."""
 
 import sqlite3
+from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -10,16 +11,15 @@ from typing import Final, Literal
 from lorakit.errors import UsageError
 
 from .database import DATABASE_SEEDS, fill
-from .joins import JOINS
+from .joins import JOIN_SHAPES
 from .query import QueryError, execute
-from .shapes import SINGLE_TABLE, Shape
+from .shapes import ROW_SHAPES, SUMMARY_SHAPES, Shape
 from .slots import expand
-from .summaries import SUMMARIES
 
 Split = Literal["train", "heldout"]
 
-SHAPES: Final = SINGLE_TABLE + SUMMARIES + JOINS
-_TRIES: Final = 200  # draws in a row without a new question before a shape counts as used up
+SHAPES: Final = ROW_SHAPES + SUMMARY_SHAPES + JOIN_SHAPES
+_TRIES: Final = 200  # draws in a row without a new question before a template counts as used up
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,15 @@ def questions(split: Split, n: int, seed: int = 0) -> list[Question]:
 
 def _sample(split: Split, n: int, rng: Random, databases: Sequence[sqlite3.Connection]) -> list[Question]:
     """Round after round, one new question of each shape that still has one; mixed at the end."""
-    shapes = rng.sample(SHAPES, len(SHAPES))
+    templates = {shape: _templates(shape, split, rng) for shape in rng.sample(SHAPES, len(SHAPES))}
     found: dict[str, Question] = {}  # text -> question
-    turn = 0
-    while shapes and len(found) < n:
-        for shape in list(shapes):
-            question = _new_question(shape, split, turn, rng, found, databases)
+    while templates and len(found) < n:
+        for shape, waiting in list(templates.items()):
+            question = _new_question(shape, waiting, rng, found, databases)
             if question is None:
-                shapes.remove(shape)
+                del templates[shape]
             elif len(found) < n:
                 found[question.text] = question
-        turn += 1
     if len(found) < n:
         raise UsageError(
             f"{n} different {split} questions were asked for; the shapes give {len(found)}. Ask for fewer."
@@ -70,22 +68,23 @@ def _sample(split: Split, n: int, rng: Random, databases: Sequence[sqlite3.Conne
     return rng.sample(list(found.values()), n)
 
 
+def _templates(shape: Shape, split: Split, rng: Random) -> deque[str]:
+    """The shape's templates in an order of chance; each is used once before any is used again."""
+    templates = shape.wordings.train if split == "train" else shape.wordings.heldout
+    return deque(rng.sample(templates, len(templates)))
+
+
 def _new_question(
-    shape: Shape,
-    split: Split,
-    turn: int,
-    rng: Random,
-    found: dict[str, Question],
-    databases: Sequence[sqlite3.Connection],
+    shape: Shape, waiting: deque[str], rng: Random, found: dict[str, Question], databases: Sequence[sqlite3.Connection]
 ) -> Question | None:
-    """A question not in `found`, on the turn's template (or a later one, once that is used up); None when all are."""
-    templates = shape.train if split == "train" else shape.heldout
-    for step in range(len(templates)):
-        template = templates[(turn + step) % len(templates)]
+    """A question not in `found`, on the first waiting template that still gives one; None when none does."""
+    while waiting:
+        template = waiting.popleft()
         for _ in range(_TRIES):
             slots = shape.slots(rng)
             text, sql = expand(template, slots, rng), shape.sql.format_map(slots)
             if text not in found and _tells_apart(sql, databases):
+                waiting.append(template)
                 return Question(text, sql, shape.name, template)
     return None
 

@@ -14,6 +14,7 @@ Slots = Mapping[str, str]
 
 _NAMED: Final = tuple(table for table, columns in COLUMNS.items() if "name" in columns)
 _CHOICE: Final = re.compile(r"\[([^\[\]]*)\]")
+_SPACE_BEFORE_MARK: Final = re.compile(r" +(?=[.?,:])")  # an empty phrase leaves its blank behind
 _LIMITS: Final = range(2, 7)  # how many rows "the first k" asks for
 
 
@@ -49,7 +50,8 @@ def child_and_parent(rng: Random) -> Slots:
 
 def expand(template: str, slots: Slots, rng: Random) -> str:
     """The template with one of each `[a|b]` chosen and every `{slot}` filled in."""
-    return _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), template).format_map(slots)
+    text = _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), template).format_map(slots)
+    return _SPACE_BEFORE_MARK.sub("", text).replace("  ", " ")
 
 
 def plural(noun: str) -> str:

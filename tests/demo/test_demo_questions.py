@@ -5,14 +5,17 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from random import Random
 
 import pytest
 
+from lorakit.demo import wordings
 from lorakit.demo.answers import same_answer
 from lorakit.demo.database import DATABASE_SEEDS, fill
 from lorakit.demo.grammar import SHAPES, Question, questions
 from lorakit.demo.prompts import completion, example, few_shot_examples, few_shot_messages, few_shot_prompt, prompt
 from lorakit.demo.slots import expand, plural
+from lorakit.demo.wordings import Wordings
 from lorakit.errors import UsageError
 
 TRAIN, HELDOUT = 1600, 400
@@ -37,7 +40,7 @@ def heldout() -> list[Question]:
 
 
 def _skeleton(template: str) -> str:
-    """A wording without the names of its slots, its choices and its small words' order of writing."""
+    """A wording without the names of its slots, in small letters."""
     return re.sub(r"\{\w+\}", "_", template).lower()
 
 
@@ -45,14 +48,28 @@ def test_there_are_enough_shapes_with_enough_wordings() -> None:
     assert len(SHAPES) >= 28
     assert len({shape.name for shape in SHAPES}) == len({shape.sql for shape in SHAPES}) == len(SHAPES)
     for shape in SHAPES:
-        assert len(set(shape.train)) >= 4, shape.name
-        assert len(set(shape.heldout)) >= 2, shape.name
+        assert len(set(shape.wordings.train)) >= 4, shape.name
+        assert len(set(shape.wordings.heldout)) >= 2, shape.name
 
 
 def test_no_wording_stands_on_both_sides() -> None:
-    seen = {_skeleton(template) for shape in SHAPES for template in shape.train}
-    held = {_skeleton(template) for shape in SHAPES for template in shape.heldout}
+    seen = {_skeleton(template) for shape in SHAPES for template in shape.wordings.train}
+    held = {_skeleton(template) for shape in SHAPES for template in shape.wordings.heldout}
     assert not seen & held
+
+
+def test_frames_and_phrases_are_disjoint_by_themselves() -> None:
+    shared = [value for value in vars(wordings).values() if isinstance(value, Wordings)]
+    assert len(shared) >= 20
+    seen = {_skeleton(part) for group in shared for part in group.train}
+    held = {_skeleton(part) for group in shared for part in group.heldout}
+    assert not seen & held
+
+
+def test_wordings_cross_train_with_train_and_heldout_with_heldout() -> None:
+    crossed = Wordings(("A <if>.", "B <if>?"), ("C <if>.",)).cross(Wordings(("x", "y"), ("{z}",)))
+    assert crossed == Wordings(("A x.", "A y.", "B x?", "B y?"), ("C {z}.",))
+    assert crossed.rename(z="other").heldout == ("C {other}.",)
 
 
 def test_no_heldout_question_is_asked_in_training(train: list[Question], heldout: list[Question]) -> None:
@@ -73,9 +90,13 @@ def test_texts_are_unique_whole_and_spread_over_the_shapes(train: list[Question]
             assert question.text[-1] in ".?"
 
 
-def test_every_wording_is_used(train: list[Question], heldout: list[Question]) -> None:
-    assert {question.template for question in train} == {text for shape in SHAPES for text in shape.train}
-    assert {question.template for question in heldout} == {text for shape in SHAPES for text in shape.heldout}
+def test_wordings_take_turns(train: list[Question], heldout: list[Question]) -> None:
+    for split, made in (("train", train), ("heldout", heldout)):
+        for shape in SHAPES:
+            templates = getattr(shape.wordings, split)
+            used = [question.template for question in made if question.shape == shape.name]
+            assert set(used) <= set(templates)
+            assert len(set(used)) == min(len(used), len(templates)), shape.name  # none twice before all once
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -135,10 +156,9 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 def test_blanks_and_choices_are_filled() -> None:
-    from random import Random
-
     made = {expand("[a|b] {x} [c|]", {"x": "X"}, Random(seed)) for seed in range(40)}
     assert made == {"a X c", "b X c", "a X ", "b X "}
+    assert expand("How many {x} [] are there, [] ?", {"x": "X"}, Random(0)) == "How many X are there,?"
     assert (plural("city"), plural("price"), plural("sale")) == ("cities", "prices", "sales")
 
 
@@ -157,7 +177,7 @@ def test_few_shot_prompts_show_three_shapes_of_training(heldout: list[Question])
     shots = few_shot_examples()
     assert shots == few_shot_examples()
     assert len({shot.shape for shot in shots}) == 3
-    assert {shot.template for shot in shots} <= {template for shape in SHAPES for template in shape.train}
+    assert {shot.template for shot in shots} <= {template for shape in SHAPES for template in shape.wordings.train}
     text, messages = few_shot_prompt("How?", shots), few_shot_messages("How?", shots)
     assert text.endswith("\n\nQuestion: How?\nSQL:")
     assert [message["role"] for message in messages] == ["system"] + ["user", "assistant"] * 3 + ["user"]
