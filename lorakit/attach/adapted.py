@@ -6,6 +6,8 @@ while no adapter is on; `leaf.__class__ = plain(type(leaf))` undoes it. Copies a
 
 from collections.abc import Callable
 from functools import cache, partial
+from threading import get_ident
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from lorakit.attach.kinds import is_stock, row_kind
 from lorakit.attach.site import Site, replacement
 from lorakit.errors import AdapterError
 
-is_compiling = torch.compiler.is_compiling
+is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
 
 def plain(cls: type) -> type:
@@ -46,13 +48,17 @@ def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         site: Site = self._lk_site  # type: ignore[assignment]
-        if not is_compiling() and site.seen != site.epoch:
+        if not is_compiling() and (
+            site.seen != site.epoch or site.thread != get_ident() or (site.epoch > 1 and is_grad_enabled())
+        ):
             site.notice()
         inner = site.inner
         if not site.active:
             return base_forward(self, *args, **kwargs) if inner is None else inner(*args, **kwargs)
         call = partial(base_forward, self) if inner is None else inner
         if kind is not None:
+            if not args and kwargs:  # the one input of these layers, given by its name
+                args = (kwargs.pop(next(iter(kwargs))),)
             return kind.forward(self, site, call, *args, **kwargs)
         if site.route is not None:
             raise AdapterError(
@@ -85,13 +91,18 @@ def bare(leaf: nn.Module) -> None:
     """Give the leaf its own class (and its instance `forward`) back."""
     site: Site = leaf.__dict__.pop("_lk_site")
     leaf.__class__ = plain(type(leaf))
+    leaf.__dict__.pop("forward", None)  # only what check_bare lets through
     if site.inner is not None:
         leaf.__dict__["forward"] = site.inner
 
 
 def check_bare(leaf: nn.Module) -> None:
     """Raise where a `forward` was put on the leaf after attach: it holds on to the adapted one, and would outlive it."""
-    if "forward" in leaf.__dict__ and plain(type(leaf)) is not type(leaf):
+    forward = leaf.__dict__.get("forward")
+    left_over = (
+        isinstance(forward, MethodType) and forward.__func__.__module__ == __name__
+    )  # by accelerate, hook removed
+    if forward is not None and not left_over and plain(type(leaf)) is not type(leaf):
         raise AdapterError(
             f"{leaf._lk_site.path} was given a forward of its own after lorakit.attach (accelerate's hooks do that). "  # type: ignore[union-attr]
             "Take it off first, with accelerate.hooks.remove_hook_from_module(model, recurse=True), or add hooks before attach."

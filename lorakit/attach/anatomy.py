@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from lorakit.attach.adapted import plain
+
 HEAD_NAMES = ("score", "classifier", "qa_outputs")  # where Hugging Face's task models keep their head
 
 
@@ -24,10 +26,16 @@ def is_within(path: str, parent: str) -> bool:
 
 
 def named_parameter_owners(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """(module path, parameter name) of every parameter, each shared one under its first name only."""
+    """(module path, parameter name) of every parameter of the base, each shared one under its first name only."""
     for name, _ in model.named_parameters():
         path, _, leaf = name.rpartition(".")
-        yield path, leaf
+        if not is_adapters(model.get_submodule(path), leaf):
+            yield path, leaf
+
+
+def is_adapters(module: nn.Module, name: str) -> bool:
+    """Whether parameter `name` of `module` is an adapter's that is on, not the base's."""
+    return name.startswith("lora_") and plain(type(module)) is not type(module)
 
 
 def shared_with(model: nn.Module, path: str, name: str) -> list[str]:

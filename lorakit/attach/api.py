@@ -1,6 +1,7 @@
 """attach, detach, use, route, adapters, parameters, count_parameters: the verbs on a model in memory."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -64,15 +65,17 @@ def attach(
 ) -> AttachReport:
     """Attach a fresh adapter, in place, freeze the base and switch the adapter on (it changes no output yet).
 
-    dtype: of the adapter's tensors; None = that of the weight beside each. seed: of its initial values; None = torch's
+    dtype: of the low-rank tensors; None = that of the weight beside each. seed: of its initial values; None = torch's
     global generator. Raises TargetError where nothing (or the wrong thing) matches, AdapterError where the name is taken
     or an adapter is merged; the model is then as it was.
     """
     if not isinstance(method, Method):
         raise UsageError(f"attach expects a method such as lorakit.LoRA(r=8), not {type(method).__name__}.")
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"dtype must be a floating-point torch.dtype, not {dtype!r}.")
     host = find_host(model)
     check_can_add(host, name)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     draft = method.draft(model, dtype=dtype, generator=generator)
     return add(model, Record(name, method, draft, trainable))
 
@@ -101,7 +104,7 @@ def add(model: nn.Module, record: Record) -> AttachReport:
             host.dress(model)
             host.switch(State(((record.name, 1.0),)))
         except BaseException:
-            _forget(host, record.name, before)
+            _forget(model, host, record.name, before)
             raise
         model.__dict__[KEY] = host
         for parameter_name, parameter in model.named_parameters():
@@ -112,10 +115,11 @@ def add(model: nn.Module, record: Record) -> AttachReport:
         return AttachReport(record.name, modules, _size(record.tensors()) if record.trainable else 0, counts.total)
 
 
-def _forget(host: Host, name: str, before: State) -> None:
+def _forget(model: nn.Module, host: Host, name: str, before: State) -> None:
     host.switch(before)
     del host.records[name]
     host.undress(keep={path for record in host.records.values() for path in record.paths()})
+    host.dress(model)
 
 
 def set_trainable(draft: Draft, trainable: bool) -> None:
@@ -131,14 +135,16 @@ def set_trainable(draft: Draft, trainable: bool) -> None:
 
 
 def detach(model: nn.Module, name: str) -> None:
-    """Take an adapter off for good. With the last one the model is, bit for bit and class for class, as before attach."""
+    """Take an adapter off for good. With the last one the model is, bit for bit and class for class, as before attach.
+
+    The others that are on stay on; a route that it is part of ends, and the base is on.
+    """
     host = host_of(model)
     with host.lock:
         check_not_merged(host)
         check_names(host, {name: 1.0})
         host.check_undressable()
-        rest = tuple(entry for entry in host.state.selection if entry[0] != name)
-        host.switch(State(rest) if len(rest) != len(host.state.selection) else host.state)
+        host.switch(_without(host.state, {name}))
         del host.records[name]
         host.undress(keep={path for record in host.records.values() for path in record.paths()})
         if host.records:
@@ -149,8 +155,16 @@ def detach(model: nn.Module, name: str) -> None:
             parameter.requires_grad_(host.flags.get(parameter_name, parameter.requires_grad))
 
 
+def _without(state: State, gone: Collection[str]) -> State:
+    rest = tuple(entry for entry in state.selection if entry[0] not in gone)
+    if len(rest) == len(state.selection):
+        return state
+    return State(rest) if state.route is None else State()
+
+
 class Restore:
-    """What `use` and `route` return: in a with-statement, leaving it switches back to what was on before."""
+    """What `use` and `route` return: in a with-statement, leaving it switches back to what was on before (less what was
+    detached within it)."""
 
     def __init__(self, host: Host, before: State) -> None:
         self._host, self._before = host, before
@@ -163,8 +177,8 @@ class Restore:
     ) -> None:
         with self._host.lock:
             check_not_merged(self._host)
-            known = all(name in self._host.records for name, _ in self._before.selection)
-            self._host.switch(self._before if known else State())
+            gone = {name for name, _ in self._before.selection} - set(self._host.records)
+            self._host.switch(_without(self._before, gone))
 
 
 def selection_of(names: Names) -> dict[str, float]:
@@ -178,8 +192,8 @@ def selection_of(names: Names) -> dict[str, float]:
             f"expected an adapter's name, a mapping of names to strengths, or None, not {type(names).__name__}."
         )
     for name, strength in names.items():
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or strength != strength:
-            raise UsageError(f"the strength of {name!r} must be a number, not {strength!r}.")
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+            raise UsageError(f"the strength of {name!r} must be a finite number, not {strength!r}.")
     return {name: float(strength) for name, strength in names.items()}
 
 
@@ -203,7 +217,8 @@ def route(
 ) -> Restore:
     """Give each row of the next batches an adapter of its own (None = the base).
 
-    rows: one name a row of the batch; with per="token" one a token, for inputs that pack rows as (1, tokens). strict:
+    rows: one name a row of the batch; with per="token" one a token, for inputs that pack rows as (1, tokens). Where a
+    layer receives rows multiplied (beams, a flattened input) each name stands for as many neighbours. strict:
     compute each row's low-rank part on its own, so that it has the very bits that it has alone.
     """
     host = host_of(model)
@@ -217,7 +232,7 @@ def route(
         check_names(host, dict.fromkeys(names, 1.0))
         index = tuple(-1 if name is None else names.index(name) for name in rows)
         before = host.state
-        host.switch(State(tuple((name, 1.0) for name in names), Route(index, strict=strict)))
+        host.switch(State(tuple((name, 1.0) for name in names), Route(index, strict=strict, tokens=per == "token")))
         return Restore(host, before)
 
 

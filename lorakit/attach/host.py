@@ -18,7 +18,7 @@ from lorakit.attach.kinds import low_rank_kind
 from lorakit.attach.method import Draft, Method, Pair
 from lorakit.attach.site import LowRank, Site, Slot
 from lorakit.core.route import Route
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, UsageError
 
 KEY = "_lorakit"  # where the host stands in the model's __dict__
 
@@ -93,9 +93,10 @@ class Host:
                         f"{path} already carries adapters that were attached through another module of this model. "
                         "Attach, switch and detach through one and the same module."
                     )
-                self.leaves[path] = leaf
-                self.sites[path] = Site(path, None)
-            wear(leaf, self.sites[path], self._replaced_names(path))
+                _check_free(leaf, path)
+            site = self.sites.get(path) or Site(path, None)
+            wear(leaf, site, self._replaced_names(path))
+            self.leaves[path], self.sites[path] = leaf, site
 
     def undress(self, keep: Iterable[str] = ()) -> None:
         """Give every leaf that is not in `keep` its own class back."""
@@ -120,14 +121,27 @@ class Host:
         """Put the tensors of `state`'s adapters on their leaves and take the others off. O(sites), whatever is resident."""
         if state == self.state:
             return
-        self._write_back()
-        self.epoch += 1
-        self.state = state
         records = [(self.records[name], strength) for name, strength in state.selection]
-        for path, leaf in self.leaves.items():
-            slots = tuple(_install(leaf, path, record, weight, k) for k, (record, weight) in enumerate(records))
-            used = any(slot.low is not None or slot.replaced for slot in slots)
-            self.sites[path].switch(slots if used else (), state.route if used else None, self.epoch)
+        with torch.inference_mode(False):  # what is made here is met again where gradients are recorded
+            for record, _ in records:
+                self._bring(record)  # all that can fail, before anything is changed
+            self._write_back()
+            self.epoch += 1
+            self.state = state
+            mark = torch.tensor(self.epoch, device="cpu")
+            for path, leaf in self.leaves.items():
+                slots = tuple(_install(leaf, path, record, weight, k) for k, (record, weight) in enumerate(records))
+                used = any(slot.low is not None or slot.replaced for slot in slots)
+                self.sites[path].switch(slots if used else (), state.route if used else None, self.epoch, mark)
+
+    def _bring(self, record: Record) -> None:
+        """Bring an adapter's tensors to the devices of their leaves."""
+        for path, pair in record.draft.pairs.items():
+            device = _device(self.leaves[path])
+            pair.A, pair.Bt = _moved(pair.A, device), _moved(pair.Bt, device)
+        for path, group in record.draft.replaced.items():
+            device = _device(self.leaves[path])
+            group.update({name: _moved(tensor, device) for name, tensor in group.items()})
 
     def _write_back(self) -> None:
         names = [name for name, _ in self.state.selection]
@@ -157,7 +171,11 @@ def _install(leaf: nn.Module, path: str, record: Record, strength: float, slot: 
             raise TypeError(f"{path}: no kind is registered for {type(leaf).__name__}")
         scale = pair.scale * strength
         low = LowRank(
-            kind.a_name + suffix, kind.b_name + suffix, scale, torch.tensor(scale, device="cpu"), pair.dropout
+            kind.a_name + suffix,
+            kind.b_name + suffix,
+            scale,
+            torch.tensor(scale, dtype=torch.float64, device="cpu"),
+            pair.dropout,
         )
         _put(leaf, low.a, pair.A)
         _put(leaf, low.b, pair.Bt)
@@ -168,14 +186,41 @@ def _install(leaf: nn.Module, path: str, record: Record, strength: float, slot: 
 
 
 def _put(leaf: nn.Module, name: str, tensor: Tensor) -> None:
-    device = next((p.device for p in leaf._parameters.values() if p is not None), tensor.device)
     if isinstance(tensor, nn.Parameter):
-        if tensor.device != device:
-            tensor.data = tensor.data.to(device)
         leaf._parameters[name] = tensor
     else:
-        leaf._buffers[name] = tensor if tensor.device == device else tensor.to(device)
+        leaf._buffers[name] = tensor
         leaf._non_persistent_buffers_set.add(name)
+
+
+def _device(leaf: nn.Module) -> torch.device | None:
+    return next((parameter.device for parameter in leaf._parameters.values() if parameter is not None), None)
+
+
+def _moved(tensor: Tensor, device: torch.device | None) -> Tensor:
+    """The tensor on `device`; a parameter stays the object that it is, for an optimizer may hold it."""
+    if device is None or tensor.device == device:
+        return tensor
+    if isinstance(tensor, nn.Parameter):
+        tensor.data = tensor.data.to(device)
+        return tensor
+    return tensor.to(device)
+
+
+def _check_free(leaf: nn.Module, path: str) -> None:
+    """Raise where a leaf cannot carry an adapter: it has low-rank tensors of other code, or no weight at rest."""
+    taken = [name for name in (*leaf._parameters, *leaf._buffers, *leaf._modules) if name.startswith("lora_")]
+    if taken:
+        raise AdapterError(
+            f"{path} ({type(leaf).__name__}) has {taken[0]} already: another library's adapter stands there. "
+            "Merge or remove that first, or leave the layer out with exclude_modules."
+        )
+    device = _device(leaf)
+    if device is not None and device.type == "meta" and "forward" in leaf.__dict__:
+        raise AdapterError(
+            f"{path} is offloaded (accelerate's hooks fetch its weight for each call), and an adapter's tensors would have "
+            "no place beside it. Load the model without offloading, or leave the layer out with exclude_modules."
+        )
 
 
 def _take(leaf: nn.Module, name: str) -> Tensor:
@@ -205,6 +250,9 @@ def _read_back(leaf: nn.Module, path: str, record: Record, slot: Slot) -> None:
 
 
 def find_host(model: nn.Module) -> Host | None:
+    """The model's host, None where nothing is attached. Raises UsageError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"expected a torch.nn.Module, not {type(model).__name__}.")
     return model.__dict__.get(KEY)
 
 

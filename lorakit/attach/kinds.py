@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach.site import LowRank, Site
+from lorakit.attach.site import LowRank, Site, this_thread
 from lorakit.core.autograd import LowRankLinear
 from lorakit.core.delta import add_low_rank_, delta_weight, guarded, low_rank, low_rank_lookup
 
@@ -64,36 +64,27 @@ class LeafKind(ABC):
         """Rows take different adapters: the base once for all, then each adapter's update on its own rows."""
         flat = x.reshape(-1, *x.shape[x.dim() - self.row_width() :])
         route = site.route
-        groups = route.groups(flat.shape[0], x.device) if route is not None else []
-        y: Tensor = self._base(site, call, x)
+        leading = x.shape[0] if x.dim() > self.row_width() else 1
+        groups = route.groups(leading, flat.shape[0], x.device) if route is not None else []
+        y: Tensor = self._only(site, -1, call, x)
         out = y.reshape(-1, y.shape[-1])
         for slot, rows in groups:
             part = flat[rows]
             if site.active[slot].replaced:
-                value = self._alone(leaf, site, call, part, slot)
-                out = out.index_copy(0, rows, value.to(out.dtype))
-                continue
+                out = out.index_copy(0, rows, self._only(site, slot, call, part).to(out.dtype))
             low = site.active[slot].low
             if low is not None:
                 out = out.index_add(0, rows, self._delta(leaf, site, part, low).to(out.dtype))
         return out.view(y.shape)
 
-    def _base(self, site: Site, call: Call, x: Tensor) -> Tensor:
-        site.only = -1
+    def _only(self, site: Site, slot: int, call: Call, x: Tensor) -> Tensor:
+        """Rows through the leaf's own forward with one adapter's bias or weight, or the base's (slot -1)."""
+        thread = this_thread()
+        site.only[thread] = slot
         try:
             return call(x)  # type: ignore[no-any-return]
         finally:
-            site.only = None
-
-    def _alone(self, leaf: nn.Module, site: Site, call: Call, x: Tensor, slot: int) -> Tensor:
-        """One group's rows through the leaf with that adapter's own bias or weight."""
-        site.only = slot
-        try:
-            y: Tensor = call(x)
-            low = site.active[slot].low
-            return y if low is None else y + self._delta(leaf, site, x, low).to(y.dtype)
-        finally:
-            site.only = None
+            del site.only[thread]
 
 
 class LinearKind(LeafKind):
@@ -117,9 +108,10 @@ class LinearKind(LeafKind):
     def forward(self, leaf: nn.Module, site: Site, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if site.route is None and len(site.active) == 1 and not torch.compiler.is_compiling():
             low = site.active[0].low
-            if low is not None and not torch.is_grad_enabled():
+            if low is not None and not torch.is_grad_enabled() and not (low.dropout and leaf.training):
                 y: Tensor = call(x, *args, **kwargs)
-                if y.is_contiguous() and y.dtype == x.dtype and y.device == x.device:
+                own = site.inner is None and type(leaf)._lk_stock  # type: ignore[attr-defined]  # y is no one else's
+                if own and y.is_contiguous() and y.dtype == x.dtype and y.device == x.device:
                     return add_low_rank_(y, x, getattr(leaf, low.a), getattr(leaf, low.b), low.scale)
                 return self._add(leaf, site, y, x, low)
             if low is not None and self._fusable(leaf, site, x, low):
@@ -176,6 +168,13 @@ class EmbeddingKind(LeafKind):
 
     def weight_delta(self, A: Tensor, Bt: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         return (A.to(dtype) @ Bt.to(dtype)).mul_(scale)
+
+    def _delta(self, leaf: nn.Module, site: Site, x: Tensor, low: LowRank) -> Tensor:
+        delta = super()._delta(leaf, site, x, low)
+        scale = getattr(leaf, "embed_scale", None)  # scaled word embeddings (BART, Gemma) multiply what they look up
+        if scale is None:
+            return delta
+        return delta * (scale.to(delta.dtype) if isinstance(scale, Tensor) else scale)
 
 
 class RowKind(LinearKind):

@@ -16,6 +16,7 @@ from lorakit.attach.anatomy import shared_with
 from lorakit.attach.api import Names, selection_of
 from lorakit.attach.host import KEY, Host, Merged, State, check_names, check_not_merged, host_of
 from lorakit.attach.kinds import low_rank_kind
+from lorakit.attach.site import Slot
 from lorakit.core.delta import wide
 from lorakit.errors import AdapterError, UsageError
 
@@ -49,21 +50,24 @@ def merge(
         host.check_undressable()
         before = host.state
         host.switch(State(tuple(chosen.items())))
-        reference = None if probe is None else _logits(model, probe)
         try:
-            values = _merged_values(model, host)
+            reference = None if probe is None else _logits(model, probe)
+            originals = _write_merged(model, host)
         except BaseException:
             host.switch(before)
             raise
-        originals = _write(host, values)
         host.switch(State())
         for leaf in host.leaves.values():
             bare(leaf)
         host.merged = Merged(tuple(chosen), before, originals, _guard(model, originals, host))
-        difference = None if reference is None else float((_logits(model, probe) - reference).abs().max())
+        try:
+            difference = None if reference is None else float((_logits(model, probe) - reference).abs().max())
+        except BaseException:
+            unmerge(model)
+            raise
         if not keep:
             _drop(model, host)
-        return MergeReport(tuple(chosen), len(values), difference)
+        return MergeReport(tuple(chosen), len(originals), difference)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -78,13 +82,14 @@ def unmerge(model: nn.Module) -> None:
         for path, group in merged.originals.items():
             for name, value in group.items():
                 parameter = host.leaves[path]._parameters[name]
-                if parameter is None or parameter.dtype != value.dtype:
-                    found = None if parameter is None else parameter.dtype
+                if parameter is None or parameter.dtype != value.dtype or parameter.shape != value.shape:
+                    found = None if parameter is None else f"{parameter.dtype} {tuple(parameter.shape)}"
                     raise AdapterError(
-                        f"{path}.{name} was {value.dtype} when it was merged and is {found} now: the base cannot be "
-                        "restored bit for bit. Cast the model back, or load the base anew."
+                        f"{path}.{name} was {value.dtype} {tuple(value.shape)} when it was merged and is {found} now: the "
+                        "base cannot be restored bit for bit. Cast the model back, or load the base anew."
                     )
-        _write(host, merged.originals)
+        for path, group in merged.originals.items():
+            _write(host.leaves[path], group)
         for handle in merged.handles:
             handle.remove()
         host.merged = None
@@ -93,27 +98,43 @@ def unmerge(model: nn.Module) -> None:
         host.switch(merged.before)
 
 
-def _merged_values(model: nn.Module, host: Host) -> dict[str, dict[str, Tensor]]:
-    """path -> {parameter: the value that it takes}, from the adapters that are on. Nothing is written yet."""
-    values: dict[str, dict[str, Tensor]] = {}
-    for path, site in host.sites.items():
-        leaf = host.leaves[path]
-        changed: dict[str, Tensor] = {}
-        for name in sorted({name for slot in site.active for name in slot.replaced}):
-            changed[name] = getattr(leaf, name).detach()
-        if any(slot.low is not None for slot in site.active):
-            weight = changed.get("weight", leaf._parameters["weight"])
-            changed["weight"] = _add_updates(leaf, site.active, weight)  # type: ignore[arg-type]
-        for name, value in changed.items():
+def _write_merged(model: nn.Module, host: Host) -> dict[str, dict[str, Tensor]]:
+    """Write into the base what the adapters that are on make of it, leaf by leaf; returns what stood there.
+
+    path -> {parameter name: value, in host memory}. When something fails, the base is as it was.
+    """
+    changed = {path: _changed(site.active) for path, site in host.sites.items()}
+    for path, names in changed.items():
+        for name in names:
             _check_unshared(model, path, name)
-            own = leaf._parameters[name]
-            changed[name] = value if own is None else value.to(own.dtype)
-        if changed:
-            values[path] = changed
-    return values
+    before: dict[str, dict[str, Tensor]] = {}
+    try:
+        for path, names in changed.items():
+            if names:
+                leaf = host.leaves[path]
+                values = {name: _merged_value(leaf, host.sites[path].active, name) for name in names}
+                before[path] = {name: leaf._parameters[name].detach().to("cpu", copy=True) for name in names}  # type: ignore[union-attr]
+                _write(leaf, values)
+    except BaseException:
+        for path, values in before.items():
+            _write(host.leaves[path], values)
+        raise
+    return before
 
 
-def _add_updates(leaf: nn.Module, active: tuple[Any, ...], weight: Tensor) -> Tensor:
+def _changed(active: tuple[Slot, ...]) -> list[str]:
+    """The names of a leaf's parameters that its active adapters change."""
+    names = {name for slot in active for name in slot.replaced}
+    return sorted(names | {"weight"} if any(slot.low is not None for slot in active) else names)
+
+
+def _merged_value(leaf: nn.Module, active: tuple[Slot, ...], name: str) -> Tensor:
+    replaced = any(name in slot.replaced for slot in active)
+    value: Tensor = getattr(leaf, name) if replaced else leaf._parameters[name]  # type: ignore[assignment]
+    return _add_updates(leaf, active, value) if name == "weight" else value.detach()
+
+
+def _add_updates(leaf: nn.Module, active: tuple[Slot, ...], weight: Tensor) -> Tensor:
     kind = low_rank_kind(type(leaf))
     dtype = wide(weight.dtype)
     total = weight.detach().to(dtype, copy=True)
@@ -133,17 +154,16 @@ def _check_unshared(model: nn.Module, path: str, name: str) -> None:
         )
 
 
-def _write(host: Host, values: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Write values into the base's parameters in place; returns what stood there."""
-    before: dict[str, dict[str, Tensor]] = {}
-    for path, group in values.items():
-        before[path] = {}
-        for name, value in group.items():
-            parameter = host.leaves[path]._parameters[name]
-            if parameter is not None:
-                before[path][name] = parameter.detach().to("cpu", copy=True)
-                parameter.data.copy_(value)
-    return before
+@torch.no_grad()
+def _write(leaf: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write values into a leaf's own parameters in place, rounded to their type.
+
+    Autograd sees the change (it would not through `.data`): a backward pass of an earlier forward raises.
+    """
+    for name, value in values.items():
+        parameter = leaf._parameters[name]
+        if parameter is not None:
+            parameter.copy_(value)
 
 
 def _guard(model: nn.Module, originals: dict[str, dict[str, Tensor]], host: Host) -> list[Any]:

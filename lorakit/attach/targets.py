@@ -35,23 +35,33 @@ class Selection:
 def matches(pattern: str | Sequence[str], path: str) -> bool:
     """PEFT's rule: a string is a regular expression over the whole path, a list names paths or their last parts."""
     if isinstance(pattern, str):
-        return re.fullmatch(pattern, path) is not None
+        return expression(pattern).fullmatch(path) is not None
     return any(path == name or path.endswith("." + name) for name in pattern)
+
+
+def expression(pattern: str) -> re.Pattern[str]:
+    """The compiled regular expression. Raises TargetError where it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise TargetError(f"{pattern!r} is no regular expression: {error}.") from error
 
 
 def layer_number(path: str, patterns: Sequence[str] | None) -> int | None:
     """The number of the layer that `path` lies in: after one of `patterns` ("h", "layers"), else the first number in it."""
     for pattern in patterns or [r"[^.]*"]:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)  # lazy: the layer's number, not an expert's inside it
+        found = expression(rf"(?:^|.*?\.){pattern}\.(\d+)\.").match(
+            path
+        )  # lazy: the layer's number, not an expert's inside it
         if found:
-            return int(found[1])
+            return int(found[found.re.groups])
     return None
 
 
 def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
     """The value for `path` in a rank or alpha pattern: the first key that matches the path's end, else `default`."""
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if expression(rf"(.*\.)?({key})$").match(path):
             return value
     return default
 
@@ -77,11 +87,17 @@ def _wanted(selection: Selection, head: str | None, path: str, module: nn.Module
             return False
     elif not matches(selection.target, path):
         return False
-    return selection.layers is None or layer_number(path, selection.layers_pattern) in selection.layers
+    whole = not isinstance(selection.target, str) and path in selection.target  # a whole path names its own layer
+    return selection.layers is None or whole or layer_number(path, selection.layers_pattern) in selection.layers
 
 
 def _check_supported(path: str, module: nn.Module) -> None:
     cls = plain(type(module))
+    if low_rank_kind(cls) is not None and module._parameters.get("weight") is None:
+        raise TargetError(
+            f"{path} ({cls.__name__}) has no weight parameter of its own (a parametrization or weight norm makes it from "
+            "others). Remove that first, or leave the layer out with exclude_modules."
+        )
     if any(qualified(base) in NEVER_CALLED for base in cls.__mro__):
         raise TargetError(
             f"{path} is a {cls.__name__}: its parent reads its weight without calling it, so an adapter there would be "

@@ -1,8 +1,10 @@
 """The command line: a lazy table of verbs, one file a verb; no tensor code."""
 
+import functools
 import importlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,19 +51,32 @@ def _closed() -> None:
 
 def _load(verb: str) -> Callable[..., None]:
     function: Callable[..., None] = importlib.import_module(f"lorakit.cli.{verb}").run
-    return function
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt as error:  # typer would leave without a word
+            raise LorakitError("interrupted.") from error
+
+    return guarded
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit code 0, 1 (failed: one message, no traceback) or 2 (wrong command line)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     verb = next((word for word in words if not word.startswith("-")), None)
-    try:
-        build(verb)(args=words, prog_name="lorakit")
-    except LorakitError as error:
-        _fail(str(error), as_json="--json" in words)
-    except KeyboardInterrupt:
-        _fail("interrupted", as_json="--json" in words)
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            build(verb)(args=words, prog_name="lorakit")
+        except LorakitError as error:
+            _fail(str(error), as_json="--json" in words)
+
+
+def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A warning as a user reads it: no file, no line of source."""
+    sys.stderr.write(f"warning: {message}\n")
 
 
 def _fail(message: str, *, as_json: bool) -> None:

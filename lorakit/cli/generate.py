@@ -1,14 +1,15 @@
 """lorakit generate"""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lorakit.cli.show import bar, print_json
 from lorakit.errors import UsageError
 from lorakit.generate import GenerateConfig
-from lorakit.run.measure import answer, write_predictions
+from lorakit.run.measure import answer, recipe_of_run, write_predictions
 from lorakit.run.subject import open_subject
 
 
@@ -19,38 +20,49 @@ def run(
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts (text, JSONL, CSV ...).")] = None,
     format: Annotated[str, typer.Option(help="The file's format.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Write the answers to this JSONL file.")] = None,
-    max_new_tokens: Annotated[int, typer.Option()] = GenerateConfig.max_new_tokens,
-    num_beams: Annotated[int, typer.Option()] = GenerateConfig.num_beams,
-    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
-    temperature: Annotated[float, typer.Option(help="With --sample.")] = GenerateConfig.temperature,
-    top_p: Annotated[float, typer.Option(help="With --sample.")] = GenerateConfig.top_p,
-    top_k: Annotated[int, typer.Option(help="With --sample; 0 = all.")] = GenerateConfig.top_k,
-    length_penalty: Annotated[float, typer.Option(help="With beams.")] = GenerateConfig.length_penalty,
-    no_repeat_ngram_size: Annotated[int, typer.Option()] = GenerateConfig.no_repeat_ngram_size,
-    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer.")] = None,
-    batch_size: Annotated[int, typer.Option()] = GenerateConfig.batch_size,
-    seed: Annotated[int, typer.Option()] = GenerateConfig.seed,
+    max_new_tokens: Annotated[int | None, typer.Option(help="The most tokens to write.")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beams of a beam search; 1 is none.")] = None,
+    sample: Annotated[
+        bool | None, typer.Option("--sample/--greedy", help="Draw tokens, or take the likeliest.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="With --sample.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="With --sample.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="With --sample; 0 = all.")] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="With beams; above 0 favours longer texts.")] = None,
+    no_repeat_ngram_size: Annotated[int | None, typer.Option(help="Write no run of so many tokens twice.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends an answer; may be given several times.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Prompts answered at once.")] = None,
+    seed: Annotated[int | None, typer.Option(help="With --sample.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Answer so many prompts of the file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print prompts and answers as JSON.")] = False,
 ) -> None:
-    """Example: lorakit generate runs/sql --prompt 'How many albums are there?'"""
+    """How to decode is what the run's recipe says, else greedy; options here come first.
+
+    Example: lorakit generate runs/sql --prompt 'How many albums are there?'
+    """
     if bool(prompt) == bool(prompts):
         raise UsageError("name either --prompt (one or several) or --prompts FILE.")
-    config = GenerateConfig(
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=sample,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        length_penalty=length_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        batch_size=batch_size,
-        seed=seed,
-        stop=tuple(stop or ()),
-    )
+    given: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "do_sample": sample,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "length_penalty": length_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "batch_size": batch_size,
+        "seed": seed,
+        "stop": tuple(stop) if stop else None,
+    }
+    recipe = recipe_of_run(source) if source else None
+    base = recipe.generate if recipe else GenerateConfig()
+    config = replace(base, **{name: value for name, value in given.items() if value is not None})
     subject = open_subject(source, model=model)
     with bar("answering") as update:
-        rows = answer(subject, prompt or prompts or [], config, format=format, progress=update)
+        rows = answer(subject, prompt or prompts or [], config, format=format, limit=limit, progress=update)
     if out is not None:
         write_predictions(out, rows)
     if as_json:

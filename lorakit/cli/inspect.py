@@ -31,7 +31,7 @@ def run(
         print_table(["", found.source], facts)
         rows = [
             (one.path, one.rank, f"{one.shape[0]} -> {one.shape[1]}", one.scaling, one.dtype, one.norm)
-            for one in found.modules
+            for one in sorted(found.modules, key=lambda one: _natural(one.path))
         ]
         if rows:
             print_table(["module", "rank", "widths", "scaling", "dtype", "norm of dW"], rows)
@@ -41,3 +41,8 @@ def run(
 
 
 SHOWN = ("r", "lora_alpha", "target_modules", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern")
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]

@@ -10,25 +10,30 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lorakit.run.folder import finite
 from lorakit.run.listen import Listener
 
 
 def console() -> Console:
-    """Where notes and bars go."""
-    return Console(stderr=True, highlight=False)
+    """Where notes and bars go. No markup: names and paths with brackets are to be read as they are."""
+    return Console(stderr=True, highlight=False, markup=False)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+    """One JSON document on stdout; a number that is not finite is null."""
+    sys.stdout.write(json.dumps(finite(value), indent=2, default=str, allow_nan=False) + "\n")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
     """A table on stdout; numbers to the right."""
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        numbers = all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
+        table.add_column(column, justify="right" if rows and numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(cell(value) for value in row))
-    out = Console(highlight=False)
+    # A pipe has no width: nothing is folded for whoever reads it.
+    out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
     out.print(table)
 
 
@@ -40,8 +45,12 @@ def cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def megabytes(count: float) -> str:
-    return f"{count / 1e6:,.1f} MB"
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 
 @contextmanager
@@ -57,7 +66,7 @@ def bar(text: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None
 
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
@@ -83,17 +92,17 @@ class Terminal(Listener):
     def stage(self, text: str) -> None:
         self._close()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=self._console,
         )
-        self._task = self._progress.add_task(text, total=None)
-        self._console.print(text, style="bold")
+        self._task = self._progress.add_task("", total=None)
+        self._console.print(text, style="bold", soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self._console.print(f"  {text}")
+        self._console.print(f"  {text}", soft_wrap=True)
 
     def progress(self, done: int, total: int) -> None:
         self._update(done, total, "")
@@ -101,9 +110,8 @@ class Terminal(Listener):
     def row(self, row: Mapping[str, float], total_steps: int) -> None:
         evaluated = {key.removeprefix("eval_"): value for key, value in row.items() if key.startswith("eval_")}
         if evaluated:
-            self.note(
-                f"step {row['step']:.0f}: " + ", ".join(f"{name} {value:.4g}" for name, value in evaluated.items())
-            )
+            measured = ", ".join(f"{name} {value:.4g}" for name, value in evaluated.items())
+            self.note(f"step {row['step']:,.0f}, on the eval set: {measured}")
         else:
             speed = f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s"
             self._update(int(row["step"]), total_steps, speed)
@@ -113,7 +121,7 @@ class Terminal(Listener):
             return
         if not self._progress.live.is_started:
             self._progress.start()
-        self._progress.update(self._task, completed=done, total=total, description=text or None)
+        self._progress.update(self._task, completed=done, total=total, description=f"  {text}")
 
     def _close(self) -> None:
         if self._progress is not None and self._progress.live.is_started:

@@ -1,11 +1,12 @@
 """lorakit train"""
 
+import shlex
 from typing import Annotated
 
 import typer
 
 from lorakit.cli.show import Terminal, cell, console, megabytes, print_json
-from lorakit.run.train import train
+from lorakit.run.train import RunResult, train
 
 
 def run(
@@ -21,14 +22,21 @@ def run(
     if as_json:
         print_json({"folder": str(result.folder), "interrupted": result.interrupted, **result.summary})
     if result.interrupted:
-        chosen = "".join(f" --set {one}" for one in set_ or ())
-        console().print(f"Go on with: lorakit train {recipe}{chosen} --resume")
+        chosen = "".join(f" --set {shlex.quote(one)}" for one in set_ or ())
+        console().print(f"Go on with: lorakit train {shlex.quote(recipe)}{chosen} --resume", soft_wrap=True)
         raise typer.Exit(1)
     if not as_json:
-        summary = result.summary
-        lines = [
-            f"adapter  {result.folder / 'adapter'} ({megabytes(summary['adapter_bytes'])})",
-            f"report   {result.folder / 'report.html'}",
-            *(f"{name:8} {cell(value)}" for name, value in summary["after"].items()),
-        ]
-        typer.echo("\n".join(lines))
+        typer.echo("\n".join(_lines(result)))
+
+
+def _lines(result: RunResult) -> list[str]:
+    summary = result.summary
+    facts = {
+        "adapter": f"{result.folder / 'adapter'} ({megabytes(summary['adapter_bytes'])})",
+        "report": str(result.folder / "report.html"),
+    }
+    for name, value in summary["after"].items():
+        before = summary["before"].get(name)
+        facts[name] = cell(value) + (f" (base: {cell(before)})" if before is not None else "")
+    width = max(map(len, facts))
+    return [f"{name:{width}}  {text}" for name, text in facts.items()]

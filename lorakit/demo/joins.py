@@ -52,8 +52,13 @@ JOIN_SHAPES: Final = (
         f"SELECT {{t}}.{{cat}}, COUNT(*) {_JOIN} GROUP BY {{t}}.{{cat}}",
         _PARENT_GROUPS.cross(
             Wordings(
-                ("the number of {children}", "the count of {children}", "the number of its {children}"),
-                ("the {child} count",),
+                (
+                    "the number of {children}",
+                    "the count of {children}",
+                    "the number of its {children}",
+                    "the {child} count",
+                ),
+                ("how many {children} it has",),
             )
         ),
     ),
@@ -70,6 +75,7 @@ JOIN_SHAPES: Final = (
                 "Find the {k} {children} <if> and [show|list|return] the names of their {parents}.",
                 "Can you [list|show me] the {parent} names of the {k} {children} <if>?",
                 "Which {parent} names do the {k} {children} <if> have?",
+                "[Show|Give|Tell] me the name of the {parent} of each of the {k} {children} <if>.",
             ),
             (
                 "Look up the {parent} names of those {k} {children} <if>.",

@@ -56,6 +56,9 @@ ROW_SHAPES: Final = (
                 "Can you [list|show me] the [different|distinct|unique] {item} {cats}?",
                 "[Show|List] the {cats} of the {items}, each {cat} [only once|once].",
                 "Go through the {items} and [show|list] the [different|distinct] {cats}.",
+                "What {cats} [are there|occur|do we find] among the {items}, [without duplicates|each only once]?",
+                "For the {items}, [show|list|give] all [different|distinct|unique] {cats}.",
+                "Find [each|every] [different|distinct|unique] {cat} of the {items}.",
             ),
             (
                 "Look up the {cats} that our {items} have, with no duplicates.",
@@ -78,11 +81,11 @@ ROW_SHAPES: Final = (
         "SELECT {a} FROM {t} WHERE {num} > (SELECT AVG({num}) FROM {t})",
         w.ROWS.cross(w.ABOVE_AVERAGE),
     ),
-    Shape("ascending", named_table, "SELECT {a} FROM {t} ORDER BY {num}", w.ROWS.cross(w.ASCENDING)),
+    Shape("ascending", named_table, "SELECT {a} FROM {t} ORDER BY {num} ASC", w.ROWS.cross(w.ASCENDING)),
     Shape("descending", named_table, "SELECT {a} FROM {t} ORDER BY {num} DESC", w.ROWS.cross(w.DESCENDING)),
     Shape("top", named_table, "SELECT {a} FROM {t} ORDER BY {num} DESC LIMIT {k}", w.TOP_ROWS.cross(w.MOST)),
     Shape("top_one", named_table, "SELECT {a} FROM {t} ORDER BY {num} DESC LIMIT 1", w.ONE_ROW.cross(w.LARGEST)),
-    Shape("bottom_one", named_table, "SELECT {a} FROM {t} ORDER BY {num} LIMIT 1", w.ONE_ROW.cross(w.SMALLEST)),
+    Shape("bottom_one", named_table, "SELECT {a} FROM {t} ORDER BY {num} ASC LIMIT 1", w.ONE_ROW.cross(w.SMALLEST)),
 )
 
 SUMMARY_SHAPES: Final = (
@@ -103,6 +106,9 @@ SUMMARY_SHAPES: Final = (
                 "Can you count the [different|distinct|unique] {item} {cats}?",
                 "Find out how many [different|distinct|unique] {cats} the {items} have.",
                 "How many {cats} do the {items} have, [without duplicates|each counted once]?",
+                "How many [different|distinct|unique] {cats} [are there|do we find] [for|among|in] the {items}?",
+                "For the {items}, [show|give] the number of [different|distinct|unique] {cats}.",
+                "[Show|Give] the count of [different|unique] {item} {cats}.",
             ),
             (
                 "What is the count of distinct {cats} that our {items} have?",
@@ -120,7 +126,8 @@ SUMMARY_SHAPES: Final = (
         "SELECT {cat}, COUNT(*) FROM {t} GROUP BY {cat}",
         w.GROUPS.cross(
             Wordings(
-                ("the number of {items}", "the count of {items}", "the number of its {items}"), ("the {item} count",)
+                ("the number of {items}", "the count of {items}", "the number of its {items}", "the {item} count"),
+                ("how many {items} it has",),
             )
         ),
     ),
@@ -149,6 +156,8 @@ SUMMARY_SHAPES: Final = (
                 "Find [all|the] {cats} where the number of {items} is [greater than|more than|above|over] {h}.",
                 "Can you [list|show me] the {cats} [with|that have] more than {h} {items}?",
                 "Group the {items} by {cat} and [show|list] the {cats} with [more than|over] {h} {items}.",
+                "For which {cats} [are there|do we have] [more than|over] {h} {items}?",
+                "[Show|List] each {cat} whose number of {items} is [above|over|greater than|more than] {h}.",
             ),
             (
                 "Look up those {cats} whose number of {items} goes beyond {h}.",

@@ -20,11 +20,8 @@ class Wordings:
         return Wordings(_cross(self.train, phrases.train), _cross(self.heldout, phrases.heldout))
 
     def rename(self, **names: str) -> "Wordings":
-        """The same wordings with slots named otherwise: `rename(items="children")`."""
+        """The same wordings with other text for some slots: `rename(items="{children}")`."""
         return Wordings(_rename(self.train, names), _rename(self.heldout, names))
-
-    def __add__(self, other: "Wordings") -> "Wordings":
-        return Wordings(self.train + other.train, self.heldout + other.heldout)
 
 
 def _cross(frames: tuple[str, ...], phrases: tuple[str, ...]) -> tuple[str, ...]:
@@ -175,6 +172,7 @@ NOT_EQUAL: Final = Wordings(
         "where the {cat} is not {v}",
         "not having {cat} {v}",
         "without {v} as {cat}",
+        "with any {cat} but {v}",
         "for which the {cat} is anything but {v}",
         "whose {cat} is different from {v}",
     ),
@@ -287,6 +285,9 @@ ASCENDING: Final = Wordings(
         "from the lowest to the highest {num}",
         "by increasing {num}",
         "with the [lowest|smallest] {num} first",
+        "by {num}, [lowest|smallest] first",
+        "starting with the [lowest|smallest] {num}",
+        "from the [smallest|lowest] {num} upwards",
     ),
     ("arranged by {num} with the lowest first", "in order of {num}, from the smallest up"),
 )
@@ -298,6 +299,9 @@ DESCENDING: Final = Wordings(
         "from the highest to the lowest {num}",
         "by decreasing {num}",
         "with the [highest|largest] {num} first",
+        "by {num}, [highest|largest] first",
+        "starting with the [highest|largest] {num}",
+        "from the [largest|highest] {num} downwards",
     ),
     ("arranged by {num} with the highest first", "in order of {num}, from the largest down"),
 )
@@ -344,5 +348,5 @@ OF_A_PARENT: Final = Wordings(
         "having a {parent} with {cat} {v}",
         "for which the {parent} has {cat} {v}",
     ),
-    ("whose {parent} happens to have {cat} {v}", "listed with a {parent} whose {cat} is {v}"),
+    ("whose {parent}'s {cat} happens to be {v}", "listed with a {parent} whose {cat} is {v}"),
 )

@@ -5,7 +5,7 @@ use_rslora scales by `alpha / sqrt(r)` instead (Kalajdzievski 2023, arXiv 2312.0
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.adapted import plain
-from lorakit.attach.anatomy import is_within, named_parameter_owners
+from lorakit.attach.anatomy import is_adapters, is_within, named_parameter_owners
 from lorakit.attach.kinds import LeafKind, low_rank_kind
 from lorakit.attach.method import Draft, Method, Pair
 from lorakit.attach.targets import ALL_LINEAR, Selection, find_modules, find_targets, pattern_value
@@ -66,7 +66,7 @@ class LoRA(Method):
         for key, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
                 raise UsageError(f"{key} must be a finite number, not {alpha!r}.")
-        if isinstance(self.dropout, bool) or not 0.0 <= self.dropout < 1.0:
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
             raise UsageError(f"dropout must be a probability in [0, 1), not {self.dropout!r}.")
         if self.bias not in BIASES:
             raise UsageError(f"bias must be one of {', '.join(BIASES)}, not {self.bias!r}.")
@@ -80,8 +80,9 @@ class LoRA(Method):
             raise UsageError(
                 "layers_to_transform goes with a list of target_modules or 'all-linear'; a regular expression names its own."
             )
-        if not self.target_modules:
-            raise UsageError("target_modules is empty: name the layers to adapt, or 'all-linear'.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise UsageError("layers_pattern says where layers_to_transform finds its numbers: give both, or neither.")
+        _check_names(self)
 
     def scaling(self, path: str) -> float:
         """The factor before B A at `path`: alpha / r, or alpha / sqrt(r) with use_rslora."""
@@ -160,7 +161,7 @@ def _shared_heads(model: nn.Module, kept: Sequence[str], found: Sequence[tuple[s
     for module in kept:
         for full, _ in model.get_submodule(module).named_parameters():
             path, _, name = f"{module}.{full}".rpartition(".")
-            if (path, name) not in found:
+            if (path, name) not in found and not is_adapters(model.get_submodule(path), name):
                 extra.append((path, name))
     return extra
 
@@ -171,7 +172,7 @@ def _random(
     """Initial values, drawn in float32 on the CPU so that a seed gives the same on every device and in every dtype."""
     if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
-    values = torch.empty(shape, dtype=torch.float32)
+    values = torch.empty(shape, dtype=torch.float32, device="cpu")
     if how == "kaiming":
         nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
     else:
@@ -182,6 +183,18 @@ def _random(
 def _check_rank(name: str, rank: Any) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
         raise UsageError(f"{name} must be a whole number of at least 1, not {rank!r}.")
+
+
+def _check_names(method: LoRA) -> None:
+    if not method.target_modules:
+        raise UsageError("target_modules is empty: name the layers to adapt, or 'all-linear'.")
+    if isinstance(method.modules_to_save, str):
+        raise UsageError(f"modules_to_save is a list of names: [{method.modules_to_save!r}].")
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        value = getattr(method, key)
+        listed = isinstance(value, Collection) and all(isinstance(name, str) for name in value)
+        if value is not None and not listed:
+            raise UsageError(f"{key} must be names of modules, not {value!r}.")
 
 
 def _warn_wide(wide: Mapping[str, tuple[int, int]]) -> None:

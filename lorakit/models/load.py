@@ -1,5 +1,6 @@
 """Load a base model with its tokenizer, ready to be adapted: nothing missing, nothing chatty, greedy by default."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ class Loaded:
 
 
 def load(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     task: str = "causal-lm",
     dtype: str | torch.dtype = "float32",
@@ -53,12 +54,13 @@ def load(
     Nothing in the model's repository is executed and no pickle is opened.
     Raises UsageError for a bad argument, ModelError for a model that cannot be found, fetched, read or trusted.
     """
+    name = os.fspath(name)
     if task not in TASKS:
         raise UsageError(f"task {task!r} is unknown; expected one of: {', '.join(TASKS)}.")
     kind, place = parse_dtype(dtype), _parse_device(device)
     labels = _label_config(task, num_labels, label_names, regression)
     source = resolve(name, revision=revision, progress=progress)
-    with quiet(progress=progress):
+    with quiet(progress=False):  # resolve() has fetched everything: transformers' own bars would tell nothing
         config, tokenizer = _read_config(name, source), _read_tokenizer(name, source)
         if task == "sequence-classification":
             _set_labels(name, config, labels)

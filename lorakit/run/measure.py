@@ -14,35 +14,55 @@ from lorakit.evaluate import (
     write_predictions,
 )
 from lorakit.generate import GenerateConfig, generate
-from lorakit.run.recipe import load_recipe
+from lorakit.run.recipe import CLASSIFICATION, Recipe, load_recipe
 from lorakit.run.subject import Subject
 
 Progress = Callable[[int, int], None]
 
 
-def data_of_run(run: Path) -> tuple[DataConfig, GenerateConfig]:
-    """The data and decoding settings of a run's recipe; defaults where the folder holds none."""
-    recipe = run / "recipe.yaml"
-    if not recipe.is_file():
-        return DataConfig(), GenerateConfig()
-    loaded = load_recipe(recipe)
-    return loaded.data, loaded.generate
+def recipe_of_run(run: str | Path) -> Recipe | None:
+    """The recipe of a run's folder; None where the folder is no run's."""
+    recipe = Path(run).expanduser() / "recipe.yaml"
+    return load_recipe(recipe) if recipe.is_file() else None
 
 
 def evaluate_subject(
     subject: Subject,
     source: str,
     *,
-    format: str = "auto",
+    data: DataConfig | None = None,
     metrics: Sequence[str] | None = None,
-    limit: int | None = None,
+    seed: int = 0,
     config: GenerateConfig | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """The subject's metrics on a data set. metrics: None = the task's own."""
-    dataset = load_examples(source, format=format, split="test", label_names=subject.label_names, limit=limit)
-    if subject.task == "sequence-classification":
-        return evaluate_classification(subject.model, subject.tokenizer, dataset, metrics, progress=progress)
+    """The subject's metrics on a data set.
+
+    data: how its rows are read (format, columns, lengths, eval_limit). metrics: None = the task's own. seed: of the sample
+    where there is an eval_limit.
+    """
+    data = data or DataConfig()
+    classifies = subject.task == CLASSIFICATION
+    dataset = load_examples(
+        source,
+        format=data.format,
+        split="test",
+        columns=data.columns,
+        label_names=subject.label_names,
+        regression=(classifies and subject.model.config.num_labels == 1) or None,
+        limit=data.eval_limit,
+        seed=seed,
+    )
+    if classifies:
+        return evaluate_classification(
+            subject.model,
+            subject.tokenizer,
+            dataset,
+            metrics,
+            max_length=data.max_length,
+            truncate=data.truncate,
+            progress=progress,
+        )
     examples: Any = dataset.examples
     return evaluate_generation(
         subject.model,
@@ -64,7 +84,7 @@ def answer(
     progress: Progress | None = None,
 ) -> list[dict[str, str]]:
     """[{"prompt", "answer"}] for prompts given as a list, or as a file of them."""
-    if subject.task == "sequence-classification":
+    if subject.task == CLASSIFICATION:
         raise UsageError("a classification model writes no text: use lorakit evaluate.")
     if isinstance(prompts, str | Path):
         examples: Any = load_examples(str(prompts), format=format, split="test", targets=False, limit=limit).examples
@@ -75,4 +95,4 @@ def answer(
     return [{"prompt": prompt, "answer": text} for prompt, text in zip(texts, answers, strict=True)]
 
 
-__all__ = ["answer", "data_of_run", "evaluate_subject", "write_predictions"]
+__all__ = ["answer", "evaluate_subject", "recipe_of_run", "write_predictions"]

@@ -4,6 +4,7 @@ Every default stands on the dataclass of the room that it configures; this file 
 error with the nearest name, and every fault of a recipe is listed at once.
 """
 
+import copy
 import difflib
 import types
 import typing
@@ -17,9 +18,11 @@ from lorakit.data import DataConfig
 from lorakit.errors import RecipeError
 from lorakit.generate import GenerateConfig
 from lorakit.methods.lora import LoRA
+from lorakit.run.document import read_yaml
 from lorakit.train.config import TrainConfig
 
-TASKS = ("causal-lm", "seq2seq", "sequence-classification")
+CLASSIFICATION = "sequence-classification"
+TASKS = ("causal-lm", "seq2seq", CLASSIFICATION)
 METHODS: dict[str, type[Method]] = {"lora": LoRA}
 
 
@@ -72,13 +75,13 @@ def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe", overrides: Se
             source = to_mapping(source)
         else:
             return source
-    document = _read(source) if isinstance(source, str | Path) else _copy(source)
+    document = _read(source) if isinstance(source, str | Path) else copy.deepcopy(dict(source))
     for override in overrides:
         _override(document, override)
     faults: list[str] = []
     recipe = _build(Recipe, document, "", faults)
-    if recipe is not None and recipe.task not in TASKS:
-        faults.append(f"task: expected one of {', '.join(TASKS)}, got {recipe.task!r}")
+    if document.get("task", Recipe.task) not in TASKS:
+        faults.append(f"task: expected one of {', '.join(TASKS)}, got {document['task']!r}")
     if faults:
         name = str(source) if isinstance(source, str | Path) else "the recipe"
         raise RecipeError(
@@ -87,28 +90,23 @@ def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe", overrides: Se
     return typing.cast(Recipe, recipe)
 
 
-def _copy(document: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in document.items()}
-
-
 def _read(source: str | Path) -> dict[str, Any]:
-    import yaml
-
     path = Path(source).expanduser()
     if not path.is_file():
-        raise RecipeError(f"there is no recipe at {path}. Expected a YAML file with at least `model` and `data`.")
+        hint = f" Did you mean {path / 'recipe.yaml'}?" if (path / "recipe.yaml").is_file() else ""
+        raise RecipeError(f"there is no recipe at {path}. Expected a YAML file with at least `model` and `data`.{hint}")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is no YAML: {error}") from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
+    document = read_yaml(text, str(path))
     if not isinstance(document, dict):
-        raise RecipeError(f"{path}: expected keys such as `model:` and `data:`, got {type(document).__name__}.")
+        came = "nothing" if document is None else type(document).__name__
+        raise RecipeError(f"{path}: expected keys such as `model:` and `data:`, got {came}.")
     return document
 
 
 def _override(document: dict[str, Any], override: str) -> None:
-    import yaml
-
     key, sign, text = override.partition("=")
     if not sign or not key.strip():
         raise RecipeError(f"expected KEY=VALUE such as train.lr=1e-4, got {override!r}.")
@@ -118,13 +116,14 @@ def _override(document: dict[str, Any], override: str) -> None:
         place = place.setdefault(section, {})
         if not isinstance(place, dict):
             raise RecipeError(f"{override}: {section!r} has no keys below it.")
-    place[last] = yaml.safe_load(text)
+    place[last] = read_yaml(text, override)
 
 
 def _build(cls: type, values: Any, where: str, faults: list[str]) -> Any:
     """An instance of dataclass `cls` from a mapping, or None with faults added."""
     if not isinstance(values, Mapping):
-        faults.append(f"{where or 'recipe'}: expected keys, got {values!r}")
+        came = "nothing: leave it out for the defaults" if values is None else repr(values)
+        faults.append(f"{where or 'recipe'}: expected keys below it, got {came}")
         return None
     known = {one.name: one for one in fields(cls)}
     types_ = typing.get_type_hints(cls)
@@ -150,7 +149,7 @@ def _build(cls: type, values: Any, where: str, faults: list[str]) -> Any:
     try:
         return cls(**built)
     except ValueError as error:
-        faults.append(f"{where}: {error}" if where else str(error))
+        faults.append(str(error) if not where or str(error).startswith(where) else f"{where}: {error}")
         return None
 
 

@@ -8,10 +8,14 @@ from typing import Any
 
 from lorakit.errors import UsageError
 from lorakit.models import load as load_model
+from lorakit.run.device import best_device
+from lorakit.run.recipe import CLASSIFICATION
 from lorakit.store.api import load as load_adapter
-from lorakit.store.read import CONFIG, EXTRA, locate
+from lorakit.store.peft_config import CONFIG
+from lorakit.store.read import EXTRA, locate
 
 NAME = "default"
+PEFT_TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification", "SEQ_2_SEQ_LM": "seq2seq"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,11 @@ class Subject:
 def adapter_folder(source: str | Path) -> Path:
     """The adapter's folder of `source`: a run's folder, an adapter's own, or a hub id."""
     path = Path(source).expanduser()
-    return path / "adapter" if (path / "adapter" / CONFIG).is_file() else locate(source)
+    if (path / "adapter" / CONFIG).is_file():
+        return path / "adapter"
+    if (path / "recipe.yaml").is_file() and not (path / CONFIG).is_file():
+        raise UsageError(f"the run in {path} has no adapter yet. Let it finish (lorakit train ... --resume).")
+    return locate(source)
 
 
 def open_subject(
@@ -46,29 +54,44 @@ def open_subject(
     names. task: None = what the adapter was trained for, else causal-lm. Raises UsageError, ModelError, FileError.
     """
     if source is None and model is None:
-        raise UsageError("nothing to work on: name a run's folder, an adapter (--adapter) or a base model (--model).")
+        raise UsageError("nothing to work on: name a run's folder, an adapter or a base model (--model).")
     folder = None if source is None else adapter_folder(source)
     notes = {} if folder is None else _notes(folder)
     base = model or notes.get("model") or (None if folder is None else _base_name(folder))
     if base is None:
         raise UsageError(f"{source} does not say which base model it belongs to. Name it: --model.")
-    chosen = task or notes.get("task") or "causal-lm"
+    chosen = task or notes.get("task") or (None if folder is None else _peft_task(folder)) or "causal-lm"
     labels = notes.get("label_names")
     loaded = load_model(
         base,
         task=chosen,
         dtype=dtype,
         label_names=labels,
-        regression=chosen == "sequence-classification" and folder is not None and labels is None,
+        regression=chosen == CLASSIFICATION and folder is not None and labels is None,
+        device=best_device(),
         progress=True,
     )
     if folder is not None:
         load_adapter(loaded.model, folder, NAME, trainable=trainable)
+    if chosen == CLASSIFICATION and labels is None:
+        labels = _own_labels(loaded.model.config)
     return Subject(loaded.model, loaded.tokenizer, base, chosen, labels, folder)
+
+
+def _own_labels(config: Any) -> list[str] | None:
+    """The class names that a classifier's own config gives; None for a regression, and for LABEL_0, LABEL_1, ..."""
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    unnamed = names == [f"LABEL_{number}" for number in range(len(names))]
+    return None if config.num_labels == 1 or unnamed else names
 
 
 def _notes(folder: Path) -> dict[str, Any]:
     return _json(folder / EXTRA)
+
+
+def _peft_task(folder: Path) -> str | None:
+    """The task of an adapter that another program wrote, after PEFT's `task_type`."""
+    return PEFT_TASKS.get(str(_json(folder / CONFIG).get("task_type")))
 
 
 def _base_name(folder: Path) -> str | None:

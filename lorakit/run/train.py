@@ -1,9 +1,9 @@
 """`train`: a recipe to a trained, measured, stored adapter with its report."""
 
-import resource
-import sys
+import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from lorakit.attach.anatomy import output_head
 from lorakit.attach.api import attach, count_parameters, parameters, use
-from lorakit.data import Dataset, Encoded, LabelExample, describe, encode_all, load_examples, prompt_text, references_of
-from lorakit.errors import DataError, RecipeError, TrainingError, UsageError
+from lorakit.data import Dataset, Encoded, describe, encode_all, load_examples, prompt_text, references_of
+from lorakit.errors import DataError, OutputError, TrainingError
 from lorakit.evaluate import (
     METRICS,
     Evaluation,
-    check_metrics,
     default_metrics,
     evaluate_classification,
     evaluate_generation,
@@ -29,13 +28,16 @@ from lorakit.models import Loaded, load
 from lorakit.models.limits import longest_row
 from lorakit.report import Report, Sample, run_report, write_report
 from lorakit.run.batches import EncodedBatches
-from lorakit.run.folder import RunFolder
+from lorakit.run.check import check_class_metrics, check_fits, check_recipe
+from lorakit.run.device import best_device, model_bytes, peak_memory
+from lorakit.run.folder import RunFolder, finite
 from lorakit.run.listen import Listener
 from lorakit.run.recipe import Recipe, load_recipe, to_yaml
+from lorakit.run.resume import check_same, fingerprint
 from lorakit.store.api import save
+from lorakit.store.files import write_text
 from lorakit.train.loop import Hooks, Trainer
 from lorakit.train.loss import custom_objective, mean_loss, objective_for
-from lorakit.train.state import load_state, save_state
 
 NAME = "default"  # the adapter's name in a run
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
@@ -82,32 +84,46 @@ class _Run:
         self.answers_before: list[str] = []
 
     def go(self, *, resume: bool, overwrite: bool) -> RunResult:
-        self.check()
-        if resume and not self.folder.checkpoint.is_dir():
-            raise UsageError(f"{self.folder.path} has no checkpoint to go on from. Start the run without --resume.")
+        check_recipe(self.recipe, own_loss=self.loss is not None)
+        if resume:
+            check_same(self.folder, self.recipe)
+        else:
+            self.folder.check_free(overwrite=overwrite)
         self.read_data()
-        if not resume:
-            self.folder.begin(to_yaml(self.recipe), overwrite=overwrite)
         self.load_model()
         self.encode()
-        if not resume and not self.classifies:
-            self.measure_base()
         trainer = self.trainer()
         if resume:
-            trainer.state, trainer.best = load_state(self.folder.checkpoint, trainer.parameters, trainer.optimizer)
-            self.folder.cut_rows(trainer.state.step)
-        self.listener.stage(f"training for {trainer.total} steps")
-        try:
+            self.recall(trainer)
+        else:
+            self.measure_base()
+            self.folder.begin(to_yaml(self.recipe), self.start())
+        self.listener.stage(f"training for {trainer.total:,} steps")
+        with self.rescue(trainer):
             trainer.run()
-        except TrainingError:
             self.save_adapter()
-            raise
-        self.save_adapter()
-        if trainer.interrupted:
-            self.listener.note(f"stopped at step {trainer.state.step} of {trainer.total}; everything is saved.")
+        if trainer.interrupted and trainer.state.step < trainer.total:
+            self.listener.note(f"stopped at step {trainer.state.step:,} of {trainer.total:,}; everything is saved.")
             return RunResult(self.folder.path, {"step": trainer.state.step}, True, self.model, self.loaded.tokenizer)
         summary = self.summarise(trainer)
         return RunResult(self.folder.path, summary, False, self.model, self.loaded.tokenizer)
+
+    @contextmanager
+    def rescue(self, trainer: Trainer) -> Iterator[None]:
+        """However training breaks off, try to leave on the disk what it had reached."""
+        try:
+            yield
+        except TrainingError:  # the trainer has put the last good adapter in place
+            self.save_adapter()
+            raise
+        except OutputError as error:
+            kept = "Nothing of it could be saved: free some space and start again."
+            with suppress(OutputError):
+                self.save_adapter()
+                kept = f"The adapter as of step {trainer.state.step} is in {self.folder.adapter}."
+            if self.folder.has_checkpoint():
+                kept += " Free some space and go on with --resume."
+            raise OutputError(f"{error} {kept}") from error
 
     # -- before training -----------------------------------------------------------------------------------------------
 
@@ -115,25 +131,17 @@ class _Run:
     def classifies(self) -> bool:
         return self.recipe.task == "sequence-classification"
 
-    def check(self) -> None:
-        """What can be known to be wrong before anything is loaded."""
-        if self.recipe.data.train is None:
-            raise RecipeError("data.train is missing: a training set is needed.")
-        if self.recipe.evaluate.metrics:
-            check_metrics(self.recipe.evaluate.metrics)
-
     def read_data(self) -> None:
         self.listener.stage("reading data")
         data, seed = self.recipe.data, self.recipe.train.seed
         self.train_set = self._read(data.train, "train", data.limit, seed)
         self.eval_set = self._read(data.eval, "eval", data.eval_limit, seed)
         self.test_set = self._read(data.test, "test", data.eval_limit, seed)
-        if self.classifies != isinstance(self.train_set.examples[0], LabelExample):
-            raise DataError(
-                f"the task {self.recipe.task} does not go with {self.train_set.format} data. Set `task: "
-                f"{'causal-lm' if self.classifies else 'sequence-classification'}`, or name the data's format.",
-                source=self.train_set.source,
-            )
+        for dataset in (self.train_set, self.eval_set, self.test_set):
+            if dataset is not None:
+                check_fits(self.recipe, dataset)
+        if self.classifies:
+            check_class_metrics(self.recipe, self.train_set, self._metrics(self.train_set))
 
     def _read(self, source: str | None, split: str, limit: int | None, seed: int) -> Any:
         if source is None:
@@ -153,14 +161,14 @@ class _Run:
     def load_model(self) -> None:
         self.listener.stage(f"loading {self.recipe.model}")
         torch.manual_seed(self.recipe.train.seed)  # a new head is drawn from the global generator
-        labels: Dataset = self.train_set
         self.loaded: Loaded = load(
             self.recipe.model,
             task=self.recipe.task,
             dtype=self.recipe.base.dtype,
             revision=self.recipe.base.revision,
-            label_names=labels.label_names if self.classifies else None,
-            regression=self.classifies and labels.regression,
+            label_names=self.train_set.label_names if self.classifies else None,
+            regression=self.classifies and self.train_set.regression,
+            device=best_device(),
             progress=True,
         )
         self.model = self.loaded.model
@@ -183,6 +191,8 @@ class _Run:
         self.listener.stage("encoding")
         self.train_rows = self._encode(self.train_set)
         self.eval_rows = self._encode(self.eval_set) if self.eval_set is not None else None
+        if self.classifies and self.test_set is not None:
+            self._encode(self.test_set)  # a row that is too long is told now, not after training
         settings = self.recipe.train
         facts = describe(self.train_set, self.train_rows, batch_size=settings.batch_size, seed=settings.seed)
         self.listener.note(f"{facts.rows:,} rows, {facts.tokens:,} tokens, {facts.loss_tokens:,} of them targets")
@@ -228,6 +238,29 @@ class _Run:
         self.total_steps = trainer.total
         return trainer
 
+    def start(self) -> dict[str, Any]:
+        """What a resumed run has to know of the beginning."""
+        return {
+            "before": finite(self.before),
+            "answers_before": self.answers_before,
+            "data": fingerprint(self.train_rows),
+        }
+
+    def recall(self, trainer: Trainer) -> None:
+        """Go on from the checkpoint."""
+        start = self.folder.read_start()
+        if start.get("data") != fingerprint(self.train_rows):
+            raise DataError(
+                "these are not the rows that the run began with, so it cannot go on. Bring them back, or start anew "
+                "(--overwrite)",
+                source=self.train_set.source,
+            )
+        self.before, self.answers_before = start["before"], start["answers_before"]
+        trainer.load(self.folder.checkpoint)
+        self.folder.cut_rows(trainer.state.step)
+        write_text(self.folder.recipe, to_yaml(self.recipe))
+        self.listener.note(f"going on from step {trainer.state.step:,}")
+
     # -- while training ------------------------------------------------------------------------------------------------
 
     def add_row(self, row: Mapping[str, float]) -> None:
@@ -235,13 +268,13 @@ class _Run:
         self.listener.row(row, self.total_steps)
 
     def checkpoint(self, trainer: Trainer) -> None:
-        save_state(self.folder.checkpoint, trainer.state, trainer.parameters, trainer.optimizer, trainer.best)
+        trainer.save(self.folder.checkpoint)
 
     def evaluate(self) -> dict[str, float]:
         """The eval loss, and for classification its metrics: quick enough for every time."""
         batches = self.batches(self.eval_rows or [], self.recipe.train.batch_size).evaluation()
         device = next(self.model.parameters()).device
-        moved = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+        moved = ({key: value.to(device) for key, value in batch.items()} for batch in batches)
         metrics = {"loss": mean_loss(self.model, moved, self.measured)}
         if self.classifies and self.eval_set is not None:
             metrics |= self._classify(self.eval_set).metrics
@@ -267,13 +300,12 @@ class _Run:
 
     @property
     def measured_set(self) -> Dataset | None:
-        chosen: Dataset | None = self.test_set if self.test_set is not None else self.eval_set
-        return chosen
+        return self.eval_set if self.test_set is None else self.test_set  # type: ignore[no-any-return]
 
     def measure_base(self) -> None:
         """The base's metrics and answers, before the adapter has learnt anything."""
         dataset = self.measured_set
-        if dataset is None:
+        if dataset is None or self.classifies:
             return
         with use(self.model, None):
             if self.recipe.evaluate.metrics and self.recipe.evaluate.before:
@@ -354,25 +386,14 @@ class _Run:
 
     def report(self, summary: Mapping[str, Any], samples: Sequence[Sample]) -> Report:
         run = self.folder.path
+        place, merged = shlex.quote(str(run)), shlex.quote(f"{run}-merged")
         steps = [
-            ("Answer prompts of your own", f"lorakit generate {run} --prompt '...'"),
-            ("Measure it on other data", f"lorakit evaluate {run} --data FILE"),
-            ("Look at the adapter", f"lorakit inspect {run}/adapter"),
-            ("Merge it into a plain transformers model", f"lorakit merge {run} --out {run}-merged"),
+            ("Measure it on other data", f"lorakit evaluate {place} --data FILE"),
+            ("Look at the adapter", f"lorakit inspect {place}"),
+            ("Merge it into a plain transformers model", f"lorakit merge {place} --out {merged}"),
         ]
+        if not self.classifies:
+            steps.insert(0, ("Answer prompts of your own", f"lorakit generate {place} --prompt '...'"))
         return run_report(
             run, summary, title=f"{self.recipe.model} on {self.train_set.source}", samples=samples, next_steps=steps
         )
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of the base's parameters, shared ones once."""
-    return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if ".lora_" not in f".{name}")
-
-
-def peak_memory() -> int:
-    """The most memory that this process has held, in bytes: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

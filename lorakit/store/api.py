@@ -1,6 +1,7 @@
 """save and load: an attached adapter to a PEFT folder, and back, bit for bit."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,16 @@ from torch import nn
 from lorakit.attach.adapted import plain
 from lorakit.attach.api import AttachReport, add, check_can_add
 from lorakit.attach.host import Record, check_names, check_not_merged, find_host, host_of
-from lorakit.attach.kinds import Conv1DKind, low_rank_kind
+from lorakit.attach.kinds import Conv1DKind, EmbeddingKind, low_rank_kind
 from lorakit.attach.targets import ALL_LINEAR, shortest_names
 from lorakit.errors import UsageError
 from lorakit.methods.lora import LoRA
 from lorakit.store.card import model_card
-from lorakit.store.files import write_atomically, write_json, write_text
+from lorakit.store.files import json_bytes, write_together
 from lorakit.store.identity import content_hash, fingerprint
-from lorakit.store.peft_config import from_method
+from lorakit.store.peft_config import CONFIG, from_method
 from lorakit.store.peft_folder import to_tensors
-from lorakit.store.read import CONFIG, EXTRA, TENSORS, fit, locate, read_folder
-
-FORMAT = 1  # of lorakit.json
+from lorakit.store.read import EXTRA, FORMAT, TENSORS, fit, locate, read_folder
 
 
 def save(
@@ -28,11 +27,12 @@ def save(
 ) -> Path:
     """Write adapter `name` as a PEFT folder (config, tensors, README) with lorakit.json beside it.
 
-    notes: further facts for lorakit.json (data, metrics of the run). Each file is written whole or not at all, the tensors
-    first and lorakit.json, which holds the content's hash, last: a folder cut off in between is found out when it is read.
-    Raises OutputError where the disk is full or the folder not writable.
+    notes: further facts for lorakit.json (data, metrics of the run). All files are written beside their places and
+    flushed before the first is put there, and lorakit.json, which holds the content's hash, is the first: a save cut off in
+    between leaves the old adapter, or files that load refuses, never a mixture that it takes for one adapter.
+    Raises OutputError where the disk is full or the folder not writable, UsageError on notes that JSON cannot hold.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialise
 
     host = host_of(model)
     with host.lock:
@@ -45,19 +45,27 @@ def save(
         tensors = to_tensors(record.draft, model)
         config = _config(model, record, record.method)
     target = Path(folder).expanduser()
+    replaced = {f"{path}.{key}" for path, group in record.draft.replaced.items() for key in group}
     extra = {
         **record.meta.get("extra", {}),
         **(notes or {}),
         "format": FORMAT,
         "method": record.method.name,
         "adapter": content_hash(config, tensors),
-        "base": fingerprint(model, record.draft),
+        "base": fingerprint(model, replaced),
     }
-    write_atomically(target / TENSORS, lambda path: save_file(tensors, str(path), metadata={"format": "pt"}))
-    write_json(target / CONFIG, config)
-    write_text(target / "README.md", model_card(config, tensors, extra))
-    write_json(target / EXTRA, extra)
+    content = {
+        EXTRA: json_bytes(extra, "notes"),
+        TENSORS: serialise(tensors, metadata={"format": "pt"}),
+        CONFIG: json_bytes(config, CONFIG),
+        "README.md": model_card(config, tensors, extra).encode(errors="replace"),
+    }
+    write_together({target / file: partial(_fill, data=data) for file, data in content.items()})
     return target
+
+
+def _fill(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 def _config(model: nn.Module, record: Record, method: LoRA) -> dict[str, Any]:
@@ -68,8 +76,10 @@ def _config(model: nn.Module, record: Record, method: LoRA) -> dict[str, Any]:
     config = from_method(method, written if isinstance(written, str) else list(written), raw)
     if config["base_model_name_or_path"] is None:
         config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    kinds = [low_rank_kind(plain(type(model.get_submodule(path)))) for path in paths]
-    config["fan_in_fan_out"] = bool(kinds) and all(isinstance(kind, Conv1DKind) for kind in kinds)
+    if not raw:
+        kinds = [low_rank_kind(plain(type(model.get_submodule(path)))) for path in paths]
+        dense = [kind for kind in kinds if not isinstance(kind, EmbeddingKind)]  # an embedding has no such setting
+        config["fan_in_fan_out"] = bool(dense) and all(isinstance(kind, Conv1DKind) for kind in dense)
     return config
 
 

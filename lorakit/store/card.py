@@ -1,9 +1,12 @@
 """The README.md of an adapter folder: a model card in the hub's form."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+HUB_ID = re.compile(r"[\w.-]*\w/[\w.-]+")
 
 
 def model_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> str:
@@ -11,8 +14,8 @@ def model_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor], extra: 
     base = config.get("base_model_name_or_path")
     numbers = sum(tensor.numel() for tensor in tensors.values())
     head = ["---", "library_name: peft", "tags:", "- lora", "- lorakit"]
-    head += [f"base_model: {base}"] if base and "/" in str(base) and not str(base).startswith("/") else []
-    metrics = extra.get("metrics")
+    head += [f"base_model: {base}"] if HUB_ID.fullmatch(str(base)) else []
+    metrics = _numbers(extra.get("metrics"))
     lines = [
         *head,
         "---",
@@ -21,7 +24,7 @@ def model_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor], extra: 
         "",
         f"Rank {config['r']}, alpha {config['lora_alpha']}, {numbers:,} parameters, trained with lorakit.",
         "",
-        *([f"Evaluation: {', '.join(f'{key} {value:.4g}' for key, value in metrics.items())}.", ""] if metrics else []),
+        *([f"Evaluation: {metrics}.", ""] if metrics else []),
         "```python",
         "import lorakit as lk",
         'lk.load(model, "path/to/this/folder")',
@@ -31,3 +34,9 @@ def model_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor], extra: 
         "",
     ]
     return "\n".join(lines)
+
+
+def _numbers(metrics: object) -> str:
+    """ "accuracy 0.91, loss 0.2": the numbers of a run's metrics, whatever else a note of that name holds."""
+    found = metrics.items() if isinstance(metrics, Mapping) else ()
+    return ", ".join(f"{name} {value:.4g}" for name, value in found if isinstance(value, int | float))

@@ -2,50 +2,69 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.attach.host import find_host
-from lorakit.attach.method import Draft
+from lorakit.store.peft_config import DEFAULTS, SETS
 
 # What may differ between two copies of one adapter: who wrote it, where its base was found, how it is to be opened.
 NOT_IDENTITY = {"peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "task_type"}
 SAMPLES = 32  # values read of each parameter
+WIDENED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # types that torch.cat joins without loss
+
+
+def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says of the adapter itself: defaults left out (each version of PEFT writes others), sets in order."""
+    said = {key: value for key, value in config.items() if key not in NOT_IDENTITY and value != DEFAULTS.get(key)}
+    return {
+        key: sorted(value, key=str) if key in SETS and isinstance(value, list) else value for key, value in said.items()
+    }
 
 
 def content_hash(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """ "sha256:..." of an adapter's canonical configuration and its tensors' names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    canonical = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
-    digest.update(json.dumps(canonical, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(canonical(config), sort_keys=True).encode())
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"
 
 
-def fingerprint(model: nn.Module, without: Draft) -> str | None:
+def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str | None:
     """A short hash of the base's parameter names, shapes and sampled values; None on the meta device.
 
     Values are rounded to bfloat16 first, so that a base and its bfloat16 copy agree. Adapters' own tensors do not count;
-    neither does what the adapter `without` replaces (a classification head is drawn at random when the base is loaded).
+    neither do the parameters named in `without`: those that the adapter replaces (a classification head is drawn at
+    random when the base is loaded).
     """
-    digest = hashlib.sha256()
     host = find_host(model)
-    replaced = {f"{path}.{name}" for path, group in without.replaced.items() for name in group}
     known = None if host is None else host.flags
+    names: list[str] = []
+    samples: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        if name in replaced or (known is not None and name not in known):
+        if name in without or (known is not None and name not in known):
             continue
         if parameter.device.type == "meta":
             return None
-        flat = parameter.detach().flatten()
-        step = max(1, flat.numel() // SAMPLES)
-        values = flat[::step][:SAMPLES].to(device="cpu", dtype=torch.bfloat16)
-        digest.update(f"{name}|{tuple(parameter.shape)}|".encode())
-        digest.update(values.view(torch.int16).numpy().tobytes())
+        names.append(f"{name}|{tuple(parameter.shape)}|")
+        sample = _sample(parameter.data)
+        samples.append(sample if sample.dtype in WIDENED else sample.to(torch.bfloat16))
+    digest = hashlib.sha256("".join(names).encode())
+    if samples:
+        values = torch.cat([sample.cpu() for sample in samples]).to(torch.bfloat16)
+        digest.update(values.view(torch.int16).numpy().data)
     return f"base:{digest.hexdigest()[:32]}"
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """SAMPLES values of a tensor at even distances; all of them where it has fewer."""
+    count = tensor.numel()
+    step = max(1, count // SAMPLES)
+    if type(tensor) is Tensor and tensor.is_contiguous():  # one view, where the plain way makes three: a load's largest part
+        return tensor.as_strided((min(SAMPLES, count),), (step,))
+    return tensor.reshape(-1)[::step][:SAMPLES]

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakit.store.peft_config import to_method
-from lorakit.store.peft_folder import parse
-from lorakit.store.read import AdapterFile, locate, read_folder
+from lorakit.methods.lora import LoRA
+from lorakit.store.peft_folder import Parsed
+from lorakit.store.read import TENSORS, locate, read_folder
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class Inspection:
 def inspect(source: str | Path) -> Inspection:
     """Read an adapter folder or hub id and tell its kind, base, modules, ranks, scaling, parameters, size, norms and faults."""
     found = read_folder(locate(source))
-    modules = _modules(found) if not found.faults else ()
-    path = found.folder / "adapter_model.safetensors"
+    modules = () if found.faults or found.method is None else _modules(found.method, found.parsed)
+    path = found.folder / TENSORS
     return Inspection(
         source=str(source),
         kind=str(found.config.get("peft_type", "unknown")),
         base=_text(found.config.get("base_model_name_or_path")),
         identity=_text(found.extra.get("adapter")),
         modules=modules,
-        replaced=tuple(parse(found.tensors).plain) if found.tensors else (),
+        replaced=tuple(found.parsed.plain),
         parameters=sum(tensor.numel() for tensor in found.tensors.values()),
         bytes=path.stat().st_size if path.is_file() else 0,
         config={key: value for key, value in found.config.items() if value not in (None, {}, [], False)},
@@ -59,10 +59,9 @@ def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def _modules(found: AdapterFile) -> tuple[ModuleInfo, ...]:
-    method = to_method(found.config)
+def _modules(method: LoRA, parsed: Parsed) -> tuple[ModuleInfo, ...]:
     rows = []
-    for path, halves in parse(found.tensors).pairs.items():
+    for path, halves in parsed.pairs.items():
         a, b, scale = halves[0].double(), halves[1].double(), method.scaling(path)
         # ||s B A||_F^2 = s^2 tr((A A^T)(B^T B)): two small Gram matrices
         norm = abs(scale) * float(((a @ a.t()) * (b.t() @ b)).sum().clamp(min=0).sqrt())

@@ -5,9 +5,11 @@ and `lora_embedding_B (dim, r)`; `<module>.base_layer.bias` for the bias of an a
 trained in full under its plain name.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.attach.adapted import plain
@@ -18,8 +20,9 @@ from lorakit.methods.lora import LoRA
 PREFIX = "base_model.model."
 LINEAR = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
-OTHERS = ("lora_magnitude_vector", "lora_B.bias", "token_adapter", "original_module")  # features that are not read here
-MAX_TENSORS = 1_000_000
+OTHERS = ("lora_magnitude_vector", "lora_B.bias", "token_adapter")  # features that are not read here
+WRAPPED = re.compile(r"\.base_layer\.|\.modules_to_save\.[^.]+\.")  # what PEFT's wrappers add to the model's own names
+UNUSED = "original_module"  # PEFT notes the base's own head beside an adapter's: it takes no part in the result
 
 
 @dataclass
@@ -41,15 +44,23 @@ def parse(tensors: Mapping[str, Tensor]) -> Parsed:
             continue
         _sort(parsed, key.removeprefix(PREFIX), tensor)
     for path, halves in parsed.pairs.items():
-        if len(halves) < 2:
-            parsed.faults.append(f"{path}: lora_{'B' if 0 in halves else 'A'} is missing")
-        elif halves[0].dim() != 2 or halves[1].dim() != 2:
-            parsed.faults.append(
-                f"{path}: lora_A {list(halves[0].shape)} and lora_B {list(halves[1].shape)} must be matrices"
-            )
-        elif halves[0].shape[0] != halves[1].shape[1]:
-            parsed.faults.append(f"{path}: lora_A has rank {halves[0].shape[0]} and lora_B {halves[1].shape[1]}")
+        fault = _pair_fault(halves)
+        if fault:
+            parsed.faults.append(f"{path}: {fault}")
     return parsed
+
+
+def _pair_fault(halves: Mapping[int, Tensor]) -> str | None:
+    if len(halves) < 2:
+        return f"lora_{'B' if 0 in halves else 'A'} is missing"
+    a, b = halves[0], halves[1]
+    if a.dim() != 2 or b.dim() != 2:
+        return f"lora_A {list(a.shape)} and lora_B {list(b.shape)} must be matrices"
+    if a.shape[0] != b.shape[1]:
+        return f"lora_A has rank {a.shape[0]} and lora_B {b.shape[1]}"
+    if not a.is_floating_point() or not b.is_floating_point():
+        return f"lora_A and lora_B must hold floating-point numbers, not {a.dtype} and {b.dtype}"
+    return None
 
 
 def _sort(parsed: Parsed, name: str, tensor: Tensor) -> None:
@@ -57,14 +68,19 @@ def _sort(parsed: Parsed, name: str, tensor: Tensor) -> None:
         for ending in endings:
             if name.endswith("." + ending):
                 path = name.removesuffix("." + ending)
+                if half in parsed.pairs.get(path, {}):
+                    parsed.faults.append(f"{path}: has two tensors for lora_{'AB'[half]}")
                 parsed.pairs.setdefault(path, {})[half] = tensor
                 if ending in EMBEDDING:
                     parsed.embeddings.add(path)
                 return
     if any(part in name for part in OTHERS) or "lora_" in name:
         parsed.faults.append(f"{PREFIX}{name}: a kind of tensor that lorakit does not read: its effect would be lost")
-    else:
-        parsed.plain[name.replace(".base_layer.", ".")] = tensor
+    elif UNUSED not in name.split("."):
+        plain_name = WRAPPED.sub(".", name)
+        if plain_name in parsed.plain and not _same(parsed.plain[plain_name], tensor):
+            parsed.faults.append(f"{plain_name}: has two tensors, which differ")
+        parsed.plain[plain_name] = tensor
 
 
 def to_tensors(draft: Draft, model: nn.Module) -> dict[str, Tensor]:
@@ -77,24 +93,29 @@ def to_tensors(draft: Draft, model: nn.Module) -> dict[str, Tensor]:
         tensors[f"{PREFIX}{path}.{names[1]}"] = pair.Bt.t()
     for path, group in draft.replaced.items():
         inside = f"{path}.base_layer" if path in draft.pairs else path
-        tensors.update({f"{PREFIX}{inside}.{name}": tensor for name, tensor in group.items()})
+        tensors.update({f"{PREFIX}{inside}{'.' if inside else ''}{name}": tensor for name, tensor in group.items()})
     return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
 
 
-def to_draft(parsed: Parsed, method: LoRA, model: nn.Module) -> tuple[Draft, list[str]]:
-    """(draft, faults): the tensors as pairs and replaced parameters of `model`, whose shapes and names they must fit."""
-    draft, faults = Draft(), list(parsed.faults)
-    modules = dict(model.named_modules())
+def to_draft(parsed: Parsed, method: LoRA, modules: Mapping[str, nn.Module]) -> tuple[Draft, list[str]]:
+    """(draft, faults): the tensors as pairs and replaced parameters of a model, whose shapes and names they must fit.
+
+    modules: the model's, by path. Faults that `parse` and the configuration told already are not told again.
+    """
+    draft, faults = Draft(), []
     for path, halves in parsed.pairs.items():
         module = modules.get(path)
         if module is None:
             faults.append(f"{path}: the model has no such module")
-        elif len(halves) == 2 and all(half.dim() == 2 for half in halves.values()):
+        elif _pair_fault(halves) is None:
             pair = _pair(path, halves[0], halves[1], path in parsed.embeddings, module, method, faults)
             if pair is not None:
                 draft.pairs[path] = pair
     for name, tensor in parsed.plain.items():
-        _replace(draft, name, tensor, modules, faults)
+        path, _, parameter = name.rpartition(".")
+        fault = _replace(draft, path, parameter, tensor, modules.get(path))
+        if fault:
+            faults.append(f"{name}: {fault}")
     return _in_order(draft, modules), faults
 
 
@@ -103,34 +124,42 @@ def _pair(
 ) -> Pair | None:
     kind = low_rank_kind(plain(type(module)))
     if kind is None or isinstance(kind, EmbeddingKind) != embedding:
-        faults.append(f"{path}: the file's tensors do not fit a {type(module).__name__}")
+        faults.append(f"{path}: the file's tensors do not fit a {plain(type(module)).__name__}")
         return None
     d_in, d_out = kind.shape(module)
-    r = method.rank(path)
-    if tuple(a.shape) != (r, d_in) or tuple(b.shape) != (d_out, r):
+    if a.shape[1] != d_in or b.shape[0] != d_out:
         faults.append(
-            f"{path}: expected lora_A {[r, d_in]} and lora_B {[d_out, r]} (rank {r} by adapter_config.json, widths by the "
-            f"model), got {list(a.shape)} and {list(b.shape)}"
+            f"{path}: the model's layer is {d_in} -> {d_out} wide, but lora_A is {list(a.shape)} and lora_B {list(b.shape)}"
         )
         return None
     first = a.t().contiguous() if embedding else a.contiguous()
     return Pair(first, b.t().contiguous(), method.scaling(path), method.dropout)
 
 
-def _replace(draft: Draft, name: str, tensor: Tensor, modules: dict[str, nn.Module], faults: list[str]) -> None:
-    path, _, parameter = name.rpartition(".")
-    own = modules[path]._parameters.get(parameter) if path in modules else None
+def _replace(draft: Draft, path: str, name: str, tensor: Tensor, module: nn.Module | None) -> str | None:
+    """Note a tensor that stands for a parameter of the base; returns what is wrong with it."""
+    own = None if module is None else module._parameters.get(name)
     if own is None:
-        buffer = modules[path]._buffers.get(parameter) if path in modules else None
+        buffer = None if module is None else module._buffers.get(name)
         if buffer is None:
-            faults.append(f"{name}: the model has no such parameter")
-        return
+            return "the model has no such parameter"
+        return None if _same(buffer, tensor) else "differs from the model's buffer, which an adapter cannot replace"
     if own.shape != tensor.shape:
-        faults.append(f"{name}: expected {list(own.shape)}, got {list(tensor.shape)}")
-        return
-    if path in draft.pairs and parameter == "weight" and own.dtype == tensor.dtype and bool((own == tensor).all()):
-        return  # PEFT stores the base's own embeddings beside a pair on them
-    draft.replaced.setdefault(path, {})[parameter] = tensor
+        return f"expected {list(own.shape)}, got {list(tensor.shape)}"
+    if own.is_floating_point() and not tensor.is_floating_point():
+        return f"expected floating-point numbers, got {tensor.dtype}"
+    if path in draft.pairs and name == "weight" and _same(own, tensor):
+        return None  # PEFT stores the base's own embeddings beside a pair on them
+    draft.replaced.setdefault(path, {})[name] = tensor
+    return None
+
+
+def _same(own: Tensor, tensor: Tensor) -> bool:
+    """Whether two tensors hold the same values, one of them perhaps as a copy in a narrower type."""
+    tensor = tensor.to(own.device)
+    return own.shape == tensor.shape and (
+        torch.equal(own, tensor.to(own.dtype)) or torch.equal(own.to(tensor.dtype), tensor)
+    )
 
 
 def _in_order(draft: Draft, modules: Mapping[str, nn.Module]) -> Draft:

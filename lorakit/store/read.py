@@ -1,6 +1,9 @@
 """Reading an adapter folder: everything is checked, and every fault listed, before anything reaches a model."""
 
 import json
+import math
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -8,27 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.attach.anatomy import shared_with
 from lorakit.attach.method import Draft
-from lorakit.errors import FileError, TargetError, UsageError
+from lorakit.attach.targets import find_modules, matches
+from lorakit.errors import FileError, TargetError
 from lorakit.methods.lora import LoRA
-from lorakit.store.files import read_header
+from lorakit.store.header import read_tensors
 from lorakit.store.identity import content_hash, fingerprint
-from lorakit.store.peft_config import read_config, to_method
-from lorakit.store.peft_folder import parse, to_draft
+from lorakit.store.peft_config import CONFIG, read_config
+from lorakit.store.peft_folder import Parsed, parse, to_draft
 
 TENSORS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 EXTRA = "lorakit.json"
+FORMAT = 1  # of lorakit.json
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 
 @dataclass
 class AdapterFile:
-    """An adapter folder as read. extra: lorakit.json's content; {} where another program wrote the folder."""
+    """An adapter folder as read. extra: lorakit.json's content, {} where another program wrote the folder.
+
+    method: what the configuration means, None where it is faulty.
+    """
 
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
+    method: LoRA | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    parsed: Parsed = field(default_factory=Parsed)
     extra: dict[str, Any] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
@@ -36,135 +46,177 @@ class AdapterFile:
 def read_folder(folder: Path) -> AdapterFile:
     """Read and check a folder on its own (no model). Faults are collected, never raised."""
     found = AdapterFile(folder)
-    if not folder.is_dir():
-        found.faults.append(f"{folder} is {'a file' if folder.exists() else 'not there'}: expected an adapter folder")
+    if not os.path.isdir(folder):
+        found.faults.append(
+            f"{folder} is {'a file' if os.path.exists(folder) else 'not there'}: expected an adapter folder"
+        )
         return found
-    found.config, found.faults = read_config(folder)
+    found.config, found.method, faults = read_config(folder)
+    found.faults += faults
     found.extra, faults = _read_extra(folder)
     found.faults += faults
     found.tensors, faults = _read_tensors(folder)
     found.faults += faults
     if found.tensors:
-        found.faults += parse(found.tensors).faults + _rank_faults(found) + _value_faults(found)
+        found.parsed = parse(found.tensors)
+        found.faults += found.parsed.faults + _rank_faults(found) + _value_faults(found.tensors) + _hash_faults(found)
     return found
 
 
 def _read_extra(folder: Path) -> tuple[dict[str, Any], list[str]]:
     path = folder / EXTRA
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}, []
     try:
         extra = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return {}, [f"{EXTRA}: no JSON ({error})"]
-    return (extra, []) if isinstance(extra, dict) else ({}, [f"{EXTRA}: expected a JSON object"])
+    if not isinstance(extra, dict):
+        return {}, [f"{EXTRA}: expected a JSON object"]
+    version = extra.get("format", FORMAT)
+    if not isinstance(version, int) or version > FORMAT:
+        return extra, [f"{EXTRA}: format {version!r}, and this lorakit reads up to {FORMAT}: install a newer one"]
+    return extra, []
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     path = folder / TENSORS
-    if not path.is_file():
-        pickles = [name for name in PICKLES if (folder / name).is_file()]
-        if pickles:
-            return {}, [
-                f"{pickles[0]}: a pickle, which can run code when it is opened: refused. Save it as {TENSORS} where it came from"
-            ]
+    if os.path.isfile(path):
+        return read_tensors(path)
+    pickle = next((name for name in PICKLES if os.path.isfile(folder / name)), None)
+    if pickle is None:
         return {}, [f"{TENSORS}: not there"]
-    try:
-        entries, _, faults = read_header(path)
-    except OSError as error:
-        return {}, [f"{TENSORS}: cannot be read ({error})"]
-    if faults:
-        return {}, faults
-    if not entries:
-        return {}, [f"{TENSORS}: holds no tensor"]
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(str(path)), []
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        return {}, [f"{TENSORS}: damaged ({error})"]
+    return {}, [
+        f"{pickle}: a pickle, which can run code when it is opened: refused. Save it as {TENSORS} where it came from"
+    ]
 
 
 def _rank_faults(found: AdapterFile) -> list[str]:
     """Ranks that differ from the configuration's: known without a model."""
-    try:
-        method = to_method(found.config)
-    except UsageError:
+    if found.method is None:
         return []
-    faults = []
-    for path, halves in parse(found.tensors).pairs.items():
-        if 0 in halves and halves[0].dim() == 2 and halves[0].shape[0] != method.rank(path):
-            faults.append(f"{path}: rank {halves[0].shape[0]} in the file, {method.rank(path)} by {CONFIG}")
-    return faults
-
-
-def _value_faults(found: AdapterFile) -> list[str]:
-    faults = [
-        f"{key}: holds values that are not finite (NaN or infinity)"
-        for key, tensor in found.tensors.items()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    ranks = {path: (halves[0].shape[0], found.method.rank(path)) for path, halves in _matrices(found.parsed)}
+    return [
+        f"{path}: rank {came} in the file, {said} by {CONFIG}" for path, (came, said) in ranks.items() if came != said
     ]
+
+
+def _matrices(parsed: Parsed) -> Iterable[tuple[str, dict[int, Tensor]]]:
+    return ((path, halves) for path, halves in parsed.pairs.items() if 0 in halves and halves[0].dim() == 2)
+
+
+def _value_faults(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Tensors with NaN or infinity. A type's tensors are searched in one go, and one by one only where that finds some."""
+    groups: dict[torch.dtype, list[str]] = {}
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            groups.setdefault(tensor.dtype, []).append(key)
+    bad: set[str] = set()
+    for keys in groups.values():
+        if not _finite(torch.cat([tensors[key].flatten() for key in keys])):
+            bad.update(key for key in keys if not _finite(tensors[key]))
+    return [f"{key}: holds values that are not finite (NaN or infinity)" for key in tensors if key in bad]
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether every value is finite. The smallest and the largest tell: a NaN among the values makes both NaN."""
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # 8-bit types have no arithmetic of their own
+    low, high = tensor.aminmax()
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def _hash_faults(found: AdapterFile) -> list[str]:
     expected = found.extra.get("adapter")
-    if expected and found.config and content_hash(found.config, found.tensors) != expected:
-        faults.append(
-            f"{EXTRA} names the hash {expected}, which this content does not have: files of two adapters, or changed by hand"
-        )
-    return faults
+    if not expected or not found.config or content_hash(found.config, found.tensors) == expected:
+        return []
+    return [
+        f"{EXTRA} names the hash {expected}, which this content does not have: files of two adapters (a save cut off "
+        "half-way?), or changed by hand"
+    ]
 
 
 def fit(found: AdapterFile, model: nn.Module, *, check_base: bool) -> tuple[LoRA, Draft]:
     """The method and draft of a read folder on `model`. Raises FileError with every fault of the file and of the fit."""
-    if found.faults:
-        raise FileError(f"the adapter in {found.folder} cannot be loaded:", found.faults)
-    method = _for_model(to_method(found.config), found, model)
-    draft, faults = to_draft(parse(found.tensors), method, model)
-    faults += _coverage_faults(method, draft, found, model)
-    expected = found.extra.get("base")
-    if check_base and expected and not faults:
-        came = fingerprint(model, draft)
-        if came is not None and came != expected:
-            name = found.config.get("base_model_name_or_path")
-            faults.append(
-                f"it was trained on another base ({name or 'unnamed'}, {expected}) than this model ({came}). Load that base, or "
-                "pass check_base=False if you know better"
-            )
-    if faults:
-        raise FileError(f"the adapter in {found.folder} does not fit this {type(model).__name__}:", faults)
-    return method, draft
+    faults = list(found.faults)
+    if found.method is not None and found.tensors:
+        method, draft, more = _on_model(found, found.method, model)
+        faults += more + (_base_faults(found, model) if check_base else [])
+        if not faults:
+            return method, draft
+    what = "cannot be loaded" if found.faults else f"does not fit this {type(model).__name__}"
+    raise FileError(f"the adapter in {found.folder} {what}:", faults)
 
 
-def _for_model(method: LoRA, found: AdapterFile, model: nn.Module) -> LoRA:
+def _on_model(found: AdapterFile, method: LoRA, model: nn.Module) -> tuple[LoRA, Draft, list[str]]:
+    modules = dict(model.named_modules())
+    method = _for_model(method, found.parsed, modules)
+    draft, faults = to_draft(found.parsed, method, modules)
+    try:
+        targets = method.targets(model)
+    except TargetError as error:
+        return method, draft, [*faults, str(error)]
+    named = set(targets)
+    faults += [
+        f"{path}: named by target_modules, but the file has no tensors for it"
+        for path in targets
+        if path not in found.parsed.pairs
+    ]
+    faults += [f"{path}: in the file, but not named by target_modules" for path in draft.pairs if path not in named]
+    faults += [
+        f"{name}: trained in full according to {CONFIG}, but the file has no tensor for it"
+        for name in _trained_in_full(method, targets, model)
+        if name not in found.parsed.plain and not _under_another_name(name, found.parsed, model)
+    ]
+    return method, draft, faults
+
+
+def _for_model(method: LoRA, parsed: Parsed, modules: Mapping[str, nn.Module]) -> LoRA:
     """PEFT notes heads by every name that it knows ("classifier", "score"): keep those that the model or the file has."""
     kept = [
         name
         for name in method.modules_to_save or ()
-        if any(f".{name}." in f".{key}." for key in parse(found.tensors).plain)
-        or any(path == name or path.endswith("." + name) for path, _ in model.named_modules())
+        if any(f".{name}." in f".{key}." for key in parsed.plain) or any(matches([name], path) for path in modules)
     ]
     return replace(method, modules_to_save=kept or None)
 
 
-def _coverage_faults(method: LoRA, draft: Draft, found: AdapterFile, model: nn.Module) -> list[str]:
-    """Layers that the configuration names and the file lacks, and the other way round."""
-    try:
-        expected = method.targets(model)
-    except TargetError as error:
-        return [str(error)]
-    pairs = parse(found.tensors).pairs
-    faults = [
-        f"{path}: named by target_modules, but the file has no tensors for it" for path in expected if path not in pairs
-    ]
-    named = set(expected)
-    return faults + [
-        f"{path}: in the file, but not named by target_modules" for path in draft.pairs if path not in named
+def _trained_in_full(method: LoRA, targets: Iterable[str], model: nn.Module) -> list[str]:
+    """The names of the parameters that a file of this configuration must hold besides its pairs: heads and biases."""
+    heads = find_modules(model, method.modules_to_save) if method.modules_to_save else []
+    names = [f"{path}.{name}" for path in heads for name, _ in model.get_submodule(path).named_parameters()]
+    if method.bias == "lora_only":
+        names += [f"{path}.bias" for path in targets if model.get_submodule(path)._parameters.get("bias") is not None]
+    if method.bias == "all":
+        names += [name for name, _ in model.named_parameters() if f".{name}".endswith(".bias")]
+    return list(dict.fromkeys(names))
+
+
+def _under_another_name(name: str, parsed: Parsed, model: nn.Module) -> bool:
+    path, _, parameter = name.rpartition(".")
+    return any(other in parsed.plain for other in shared_with(model, path, parameter))
+
+
+def _base_faults(found: AdapterFile, model: nn.Module) -> list[str]:
+    expected = found.extra.get("base")
+    came = fingerprint(model, found.parsed.plain) if expected else None
+    if came is None or came == expected:
+        return []
+    name = found.config.get("base_model_name_or_path") or "unnamed"
+    return [
+        f"it was trained on another base ({name}, {expected}) than this model ({came}). Load that base, or pass "
+        "check_base=False if you know better"
     ]
 
 
 def locate(source: str | Path) -> Path:
     """The local folder of an adapter: itself, or a download of a hub id ("owner/name"). Raises FileError."""
-    path = Path(source).expanduser()
-    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    try:
+        path = Path(source).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a user who does not exist
+        raise FileError(f"{str(source)[:200]!r} is no folder's name ({error}).") from error
+    if there or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -175,5 +227,5 @@ def locate(source: str | Path) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileError(
             f"{source!r} is no folder here, and the hub has no such adapter to offer ({reason}). Expected a folder with {CONFIG} "
-            "and adapter_model.safetensors, or a hub id."
+            f"and {TENSORS}, or a hub id."
         ) from error

@@ -28,9 +28,9 @@ def verify(source: str | Path, model: nn.Module | None = None, *, check_base: bo
     """
     try:
         found = read_folder(locate(source))
-        faults = list(found.faults)
-        if model is not None and not faults:
+        if model is not None:
             fit(found, model, check_base=check_base)
+        faults = found.faults
     except FileError as error:
         faults = error.faults or [str(error)]
     return Verification(str(source), tuple(faults))

@@ -4,12 +4,15 @@ So neither gradient accumulation nor the shape of a batch changes what is minimi
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from lorakit.errors import UsageError
 
 IGNORE = -100
 Batch = Mapping[str, Tensor]
@@ -22,7 +25,13 @@ class LossSum(NamedTuple):
     targets: int
 
 
-Objective = Callable[[nn.Module, Batch], LossSum]
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the sum of `loss` over a step's batches, divided by the sum of `targets` over them."""
+
+    loss: Callable[[nn.Module, Batch], LossSum]
+    targets: Callable[[Batch], int]
+    """How many targets a batch has, told from the batch alone: it is needed before the first forward pass."""
 
 
 def targets(batch: Batch, task: str) -> int:
@@ -36,17 +45,24 @@ def targets(batch: Batch, task: str) -> int:
 def objective_for(task: str, *, label_smoothing: float = 0.0) -> Objective:
     """The loss of a task: cross-entropy of next tokens or classes, squared error of scores."""
     loss = {"causal-lm": _causal, "seq2seq": _seq2seq}.get(task, _classification)
-    return lambda model, batch: loss(model, batch, label_smoothing)
+    return Objective(lambda model, batch: loss(model, batch, label_smoothing), lambda batch: targets(batch, task))
 
 
 def custom_objective(loss: Callable[[nn.Module, Batch], Tensor]) -> Objective:
-    """A user's `loss(model, batch)`, a mean over the batch's rows, as a LossSum."""
+    """A user's `loss(model, batch)`, a mean over the batch's rows, so weighed by them."""
 
-    def objective(model: nn.Module, batch: Batch) -> LossSum:
-        rows = next(iter(batch.values())).shape[0]
-        return LossSum(loss(model, batch) * rows, rows)
+    def summed(model: nn.Module, batch: Batch) -> LossSum:
+        value = loss(model, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UsageError(f"a loss must return one number as a tensor, the mean over the batch's rows; came {came}.")
+        return LossSum(value.reshape(()) * _rows(batch), _rows(batch))
 
-    return objective
+    return Objective(summed, _rows)
+
+
+def _rows(batch: Batch) -> int:
+    return next(iter(batch.values())).shape[0]
 
 
 def _causal(model: nn.Module, batch: Batch, smoothing: float) -> LossSum:
@@ -88,10 +104,10 @@ def _takes_columns(cls: Any) -> bool:
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: Sequence[Batch], objective: Objective) -> float:
+def mean_loss(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> float:
     """The mean loss over batches, weighed by their targets. The caller sets evaluation mode."""
     total, count = 0.0, 0
     for batch in batches:
-        part = objective(model, batch)
+        part = objective.loss(model, batch)
         total, count = total + float(part.total), count + part.targets
     return total / max(1, count)

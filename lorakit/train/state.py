@@ -1,7 +1,7 @@
 """Everything that a run needs to go on where it stopped, in one object: counters, optimizer moments, random state."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import FileError
-from lorakit.store.files import write_atomically, write_json
+from lorakit.store.files import write_atomically
 
-TENSORS, COUNTERS = "state.safetensors", "state.json"
+FILE = "state.safetensors"  # one file, so that tensors and counters can never be of two different steps
 
 
 @dataclass
@@ -34,6 +34,8 @@ class TrainState:
     """The best value of the chosen metric so far."""
     best_step: int | None = None
     """The step after which it was measured."""
+    scaler: dict[str, float] | None = None
+    """fp16's loss scaling; None for the other precisions."""
 
 
 def snapshot(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -54,7 +56,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     best: Sequence[Tensor] | None,
 ) -> None:
-    """Write the state, tensors first, counters last: a folder without counters is no checkpoint."""
+    """Write the state to FILE in `folder`, whole or not at all. Raises OutputError."""
     from safetensors.torch import save_file
 
     tensors = {f"parameter.{i}": parameter.detach().cpu() for i, parameter in enumerate(parameters)}
@@ -65,31 +67,47 @@ def save_state(
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
-    write_atomically(folder / TENSORS, lambda path: save_file(tensors, str(path)))
-    write_json(folder / COUNTERS, asdict(state))
+    notes = {"state": json.dumps(asdict(state))}
+    write_atomically(folder / FILE, lambda path: save_file(tensors, str(path), metadata=notes))
+
+
+def _read(folder: Path) -> tuple[TrainState, dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / FILE, framework="pt") as file:
+            state = TrainState(**json.loads(file.metadata()["state"]))
+            return state, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise FileError(f"the checkpoint in {folder} cannot be read:", [str(error)]) from error
+
+
+def _faults(tensors: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> list[str]:
+    """What does not fit: a parameter that is missing, of another shape, or one too many."""
+    faults = []
+    for i, parameter in enumerate(parameters):
+        if f"parameter.{i}" not in tensors:
+            faults.append(f"parameter {i} is missing")
+        elif tensors[f"parameter.{i}"].shape != parameter.shape:
+            came = tuple(tensors[f"parameter.{i}"].shape)
+            faults.append(f"parameter {i}: {came} in the checkpoint, {tuple(parameter.shape)} in the model")
+    held = sum(key.startswith("parameter.") for key in tensors)
+    if held > len(parameters):
+        faults.append(f"{held} parameters in the checkpoint, {len(parameters)} in the model")
+    return faults + [f"{key} is missing" for key in ("random.cpu",) if key not in tensors]
 
 
 def load_state(
     folder: Path, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> tuple[TrainState, list[Tensor] | None]:
-    """Restore parameters, optimizer and random state in place; returns (counters, the best adapter's values or None)."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """Restore parameters, optimizer and random state in place; returns (counters, the best adapter's values or None).
 
-    try:
-        state = TrainState(**json.loads((folder / COUNTERS).read_text()))
-        tensors = load_file(str(folder / TENSORS))
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise FileError(f"the checkpoint in {folder} cannot be read:", [str(error)]) from error
-    wrong = [
-        f"parameter {i}: {tuple(tensors[f'parameter.{i}'].shape)} in the checkpoint, {tuple(parameter.shape)} in the model"
-        if f"parameter.{i}" in tensors
-        else f"parameter {i} is missing"
-        for i, parameter in enumerate(parameters)
-        if f"parameter.{i}" not in tensors or tensors[f"parameter.{i}"].shape != parameter.shape
-    ]
-    if wrong:
-        raise FileError(f"the checkpoint in {folder} is not of this model and method:", wrong)
+    Raises FileError, before anything is changed, for a checkpoint that is damaged or of another model or method.
+    """
+    state, tensors = _read(folder)
+    faults = _faults(tensors, parameters)
+    if faults:
+        raise FileError(f"the checkpoint in {folder} is not of this model and method:", faults)
     restore(parameters, [tensors[f"parameter.{i}"] for i in range(len(parameters))])
     for i, parameter in enumerate(parameters):
         prefix = f"optimizer.{i}."

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from lorakit.demo import wordings
+from lorakit.demo import grammar, wordings
 from lorakit.demo.answers import same_answer
 from lorakit.demo.database import DATABASE_SEEDS, fill
 from lorakit.demo.grammar import SHAPES, Question, questions
@@ -18,6 +18,10 @@ from lorakit.demo.slots import expand, plural
 from lorakit.demo.wordings import Wordings
 from lorakit.errors import UsageError
 
+PINNED = (
+    "Look up the maximum rent for our shops.",
+    "SELECT MAX(rent) FROM shop",
+)
 TRAIN, HELDOUT = 1600, 400
 
 
@@ -69,7 +73,7 @@ def test_frames_and_phrases_are_disjoint_by_themselves() -> None:
 def test_wordings_cross_train_with_train_and_heldout_with_heldout() -> None:
     crossed = Wordings(("A <if>.", "B <if>?"), ("C <if>.",)).cross(Wordings(("x", "y"), ("{z}",)))
     assert crossed == Wordings(("A x.", "A y.", "B x?", "B y?"), ("C {z}.",))
-    assert crossed.rename(z="other").heldout == ("C {other}.",)
+    assert crossed.rename(z="{other}").heldout == ("C {other}.",)
 
 
 def test_no_heldout_question_is_asked_in_training(train: list[Question], heldout: list[Question]) -> None:
@@ -143,16 +147,18 @@ def test_the_same_arguments_give_the_same_questions() -> None:
     assert (first.text, first.sql) == PINNED  # pinned: the same in another process and on another machine
 
 
-PINNED = ("", "")
-
-
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(UsageError, match="split"):
         questions("test", 3)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="at least 1"):
         questions("train", 0)
-    with pytest.raises(UsageError, match="Ask for fewer"):
-        questions("heldout", 100_000)
+
+
+def test_more_questions_than_the_shapes_can_say_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "SHAPES", [shape for shape in SHAPES if shape.name == "count"])
+    assert len({question.text for question in questions("heldout", 10)}) == 10  # five tables, two wordings
+    with pytest.raises(UsageError, match=r"the shapes give 10\. Ask for fewer"):
+        questions("heldout", 11)
 
 
 def test_blanks_and_choices_are_filled() -> None:

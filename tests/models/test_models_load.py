@@ -117,7 +117,7 @@ def test_seq2seq(tmp_path, tokenizer):
 
 
 def test_longest_row_is_the_models_positions_or_the_tokenizers_limit(folder):
-    loaded = models.load(str(folder))
+    loaded = models.load(folder)
     assert models.longest_row(loaded.model, loaded.tokenizer) == 64
     loaded.tokenizer.model_max_length = 50
     assert models.longest_row(loaded.model, loaded.tokenizer) == 50

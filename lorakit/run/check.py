@@ -1,0 +1,47 @@
+"""What can be known to be wrong with a run before a model is loaded: nobody wants to hear of it after an epoch."""
+
+from collections.abc import Sequence
+
+from lorakit.data import Dataset, LabelExample
+from lorakit.errors import DataError, RecipeError
+from lorakit.evaluate import check_metrics
+from lorakit.run.recipe import CLASSIFICATION, Recipe
+
+
+def check_recipe(recipe: Recipe, *, own_loss: bool) -> None:
+    """Raise RecipeError (UsageError for a metric's name) for settings that contradict each other or would do nothing."""
+    data, train, metrics = recipe.data, recipe.train, recipe.evaluate.metrics
+    classifies = recipe.task == CLASSIFICATION
+    if data.train is None:
+        raise RecipeError("data.train is missing: a training set is needed.")
+    if metrics is not None:
+        check_metrics(metrics, None if classifies else "text")
+        if data.eval is None and data.test is None:
+            raise RecipeError("evaluate.metrics are named, but there is neither data.test nor data.eval to measure on.")
+    if data.eval is None and (train.eval_every is not None or train.best_metric != "loss"):
+        raise RecipeError("train.eval_every and train.best_metric need data.eval, which is missing.")
+    if train.best_metric != "loss" and not classifies:
+        raise RecipeError(f"train.best_metric: {recipe.task} is judged by its loss, not by {train.best_metric!r}.")
+    if own_loss and train.label_smoothing:
+        raise RecipeError("train.label_smoothing belongs to the task's own loss, not to one of yours. Leave it out.")
+
+
+def check_fits(recipe: Recipe, dataset: Dataset) -> None:
+    """Raise DataError where the data are of another task."""
+    classifies = recipe.task == CLASSIFICATION
+    if classifies != isinstance(dataset.examples[0], LabelExample):
+        raise DataError(
+            f"the task {recipe.task} does not go with {dataset.format} data. Set `task: "
+            f"{'causal-lm' if classifies else CLASSIFICATION}`, or name the data's format.",
+            source=dataset.source,
+        )
+
+
+def check_class_metrics(recipe: Recipe, dataset: Dataset, names: Sequence[str]) -> None:
+    """Raise UsageError or RecipeError where the metrics or the loss do not go with the training set's labels."""
+    check_metrics(names, "number" if dataset.regression else "label")
+    best = recipe.train.best_metric
+    if best not in ("loss", *names):
+        raise RecipeError(f"train.best_metric is {best!r}, but what is measured is: loss, {', '.join(names)}.")
+    if dataset.regression and recipe.train.label_smoothing:
+        raise RecipeError("train.label_smoothing needs classes, and these labels are scores. Leave it out.")
