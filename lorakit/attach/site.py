@@ -1,8 +1,9 @@
 """What an adapted leaf carries: which adapters are on, under which attribute names their tensors stand on the leaf."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,12 @@ from lorakit.core.route import Route
 from lorakit.errors import AdapterError
 
 
-class LowRank(NamedTuple):
+@dataclass(slots=True)
+class LowRank:
     """One active low-rank pair of a leaf. The tensors are read through the leaf at each call, because `model.to()`,
-    FSDP and `load_state_dict(assign=True)` put others in their place."""
+    FSDP and `load_state_dict(assign=True)` put others in their place.
+
+    No tuple: torch.compile would look at all of it, and compile anew for another scale."""
 
     a: str  # attribute name of A, (r, in), or of At, (vocab, r), for an embedding
     b: str  # attribute name of Bt, (r, out)
@@ -23,7 +27,8 @@ class LowRank(NamedTuple):
     dropout: float
 
 
-class Slot(NamedTuple):
+@dataclass(slots=True)
+class Slot:
     """What one active adapter does at one leaf."""
 
     low: LowRank | None

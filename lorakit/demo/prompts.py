@@ -1,4 +1,4 @@
-"""How a question is put to the model: one compact prompt for the adapted model, three examples more for the base."""
+"""How a question is put to the model: bare to the adapted model; with the schema and three examples to the base."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -11,8 +11,8 @@ _INSTRUCTION: Final = "Answer each question about this SQLite database with one 
 
 
 def prompt(question_text: str) -> str:
-    """Schema, question and `SQL:`; the model goes on with `completion`."""
-    return f"{schema_text()}\n{_ask(question_text)}"
+    """The question and `SQL:`; the adapted model goes on with `completion`. It has learnt the schema, and needs none here."""
+    return _ask(question_text)
 
 
 def completion(sql: str) -> str:

@@ -33,9 +33,9 @@ class DemoConfig:
 
     output: str = "runs/demo"
     """The run's folder."""
-    train_questions: int = 800
+    train_questions: int = 1200
     """Questions to learn from."""
-    heldout_questions: int = 160
+    heldout_questions: int = 128
     """Questions to judge by, in wordings that training never sees."""
     method: Mapping[str, Any] = field(default_factory=lambda: {"name": "lora", "r": 8, "alpha": 16})
     """The method, as in a recipe."""
@@ -77,7 +77,7 @@ class _Demo:
         detach(plain, NAME)  # the base as it was, to time the merged model against
         prompts = [prompt(one.text) for one in self.heldout]
         adapted = self.answer("the adapted model answers", model, tokenizer, prompts)
-        probe = tokenizer(prompts[:8], return_tensors="pt", padding=True)
+        probe = tokenizer(prompts[:8], return_tensors="pt", padding=True).to(model.device)
         merged_report = merge(model, NAME, probe={key: probe[key] for key in ("input_ids", "attention_mask")})
         merged = self.answer("the merged model answers", model, tokenizer, prompts)
         self.listener.stage("timing merged against base")

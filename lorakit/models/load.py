@@ -198,9 +198,18 @@ def _agree(name: str, model: Any, tokenizer: Any, *, needs_padding: bool) -> Non
             f"{name}: its tokenizer knows ids up to {max(tokenizer.get_vocab().values())}, but the model embeds only "
             f"{rows}. The two files do not belong together."
         )
-    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.config.pad_token_id is None or not _counts_positions_from_padding(model):
+        model.config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate():
         _greedy(model.generation_config, tokenizer.pad_token_id)
+
+
+def _counts_positions_from_padding(model: Any) -> bool:
+    """Whether the config's pad id also says where positions begin (RoBERTa's kind): another id would shift them all."""
+    return any(
+        name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding) and module.padding_idx is not None
+        for name, module in model.named_modules()
+    )
 
 
 def _greedy(generation: Any, pad: int | None) -> None:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.attach.anatomy import HEAD_NAMES
 from lorakit.errors import UsageError
 from lorakit.models import load as load_model
 from lorakit.run.device import best_device
 from lorakit.run.recipe import CLASSIFICATION
 from lorakit.store.api import load as load_adapter
 from lorakit.store.peft_config import CONFIG
-from lorakit.store.read import EXTRA, locate
+from lorakit.store.read import EXTRA, TENSORS, locate
 
 NAME = "default"
 PEFT_TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification", "SEQ_2_SEQ_LM": "seq2seq"}
@@ -62,12 +63,14 @@ def open_subject(
         raise UsageError(f"{source} does not say which base model it belongs to. Name it: --model.")
     chosen = task or notes.get("task") or (None if folder is None else _peft_task(folder)) or "causal-lm"
     labels = notes.get("label_names")
+    outputs = _outputs(folder) if folder is not None and chosen == CLASSIFICATION and labels is None else None
     loaded = load_model(
         base,
         task=chosen,
         dtype=dtype,
         label_names=labels,
-        regression=chosen == CLASSIFICATION and folder is not None and labels is None,
+        num_labels=outputs if outputs != 1 else None,
+        regression=outputs == 1,
         device=best_device(),
         progress=True,
     )
@@ -92,6 +95,19 @@ def _notes(folder: Path) -> dict[str, Any]:
 def _peft_task(folder: Path) -> str | None:
     """The task of an adapter that another program wrote, after PEFT's `task_type`."""
     return PEFT_TASKS.get(str(_json(folder / CONFIG).get("task_type")))
+
+
+def _outputs(folder: Path) -> int | None:
+    """How many outputs the classification head in an adapter's files has; None where they hold none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / TENSORS, "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys() if "lora_" not in key}  # noqa: SIM118
+    except (OSError, SafetensorError):  # loading the adapter then says what is wrong with it
+        return None
+    heads = [shape[0] for key, shape in shapes.items() if len(shape) == 2 and any(f".{name}." in key for name in HEAD_NAMES)]
+    return min(heads, default=None)  # a head's last layer is its narrowest
 
 
 def _base_name(folder: Path) -> str | None:

@@ -11,6 +11,7 @@ from lorakit.attach.adapted import plain
 from lorakit.attach.api import AttachReport, add, check_can_add
 from lorakit.attach.host import Record, check_names, check_not_merged, find_host, host_of
 from lorakit.attach.kinds import Conv1DKind, EmbeddingKind, low_rank_kind
+from lorakit.attach.method import Draft
 from lorakit.attach.targets import ALL_LINEAR, shortest_names
 from lorakit.errors import UsageError
 from lorakit.methods.lora import LoRA
@@ -42,6 +43,8 @@ def save(
         record = host.records[name]
         if not isinstance(record.method, LoRA):
             raise UsageError(f"adapter {name!r} is a {type(record.method).__name__}, which has no folder layout yet.")
+        if any(tensor.is_meta for tensor in record.tensors()):
+            raise UsageError(f"adapter {name!r} is on the meta device, where tensors have no values to save.")
         tensors = to_tensors(record.draft, model)
         config = _config(model, record, record.method)
     target = Path(folder).expanduser()
@@ -99,5 +102,16 @@ def load(
     check_can_add(find_host(model), name)
     found = read_folder(locate(source))
     method, draft = fit(found, model, check_base=check_base)
+    _check_material(model, draft)
     meta = {"config": found.config, "extra": found.extra, "source": str(source)}
     return add(model, Record(name, method, draft, trainable, meta))
+
+
+def _check_material(model: nn.Module, draft: Draft) -> None:
+    """An adapter's tensors follow their leaf's device; on the meta device their values would be lost."""
+    for path in [*draft.pairs, *draft.replaced]:
+        if any(own is not None and own.is_meta for own in model.get_submodule(path)._parameters.values()):
+            raise UsageError(
+                f"{path} is on the meta device (not loaded yet, or off-loaded), where the adapter's values would be lost. "
+                "Load the model's weights onto a real device first."
+            )

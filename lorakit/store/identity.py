@@ -65,6 +65,6 @@ def _sample(tensor: Tensor) -> Tensor:
     """SAMPLES values of a tensor at even distances; all of them where it has fewer."""
     count = tensor.numel()
     step = max(1, count // SAMPLES)
-    if type(tensor) is Tensor and tensor.is_contiguous():  # one view, where the plain way makes three: a load's largest part
+    if type(tensor) is Tensor and tensor.is_contiguous():  # one view in place of three: a load spends its time here
         return tensor.as_strided((min(SAMPLES, count),), (step,))
     return tensor.reshape(-1)[::step][:SAMPLES]

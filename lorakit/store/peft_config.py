@@ -59,7 +59,7 @@ def parse_config(text: str) -> tuple[dict[str, Any], LoRA | None, list[str]]:
         found = "no peft_type" if kind is None else f"peft_type {kind!r}"
         return config, None, [f"{CONFIG}: {found}: lorakit reads peft_type 'LORA'"]
     faults = _unsupported(config)
-    method, wrong = to_method(config)
+    method, wrong = to_method({**DEFAULTS, **config})
     return config, method, [f"{CONFIG}: {fault}" for fault in faults + wrong]
 
 

@@ -46,19 +46,18 @@ class Rule(NamedTuple):
     field: str
     fits: Callable[[Any], bool]
     expected: str
-    default: Any = None  # where the key is missing, as PEFT has it; null means the same where it is None
     patterns: bool = False  # whether the value (a text, or a mapping's keys) holds regular expressions
 
 
 RULES = {
-    "r": Rule("r", _whole, "a whole number", 8),
-    "lora_alpha": Rule("alpha", _number, "a number", 8),
+    "r": Rule("r", _whole, "a whole number"),
+    "lora_alpha": Rule("alpha", _number, "a number"),
     "target_modules": Rule("target_modules", _names, "a list of names or a regular expression", patterns=True),
-    "lora_dropout": Rule("dropout", _number, "a number", 0.0),
-    "bias": Rule("bias", _text, "a text", "none"),
-    "use_rslora": Rule("use_rslora", _flag, "true or false", False),
-    "rank_pattern": Rule("rank_pattern", _mapping, "an object", {}, patterns=True),
-    "alpha_pattern": Rule("alpha_pattern", _mapping, "an object", {}, patterns=True),
+    "lora_dropout": Rule("dropout", _number, "a number"),
+    "bias": Rule("bias", _text, "a text"),
+    "use_rslora": Rule("use_rslora", _flag, "true or false"),
+    "rank_pattern": Rule("rank_pattern", _mapping, "an object", patterns=True),
+    "alpha_pattern": Rule("alpha_pattern", _mapping, "an object", patterns=True),
     "exclude_modules": Rule("exclude_modules", _names, "a list of names or a regular expression", patterns=True),
     "layers_to_transform": Rule("layers_to_transform", _numbers, "a whole number or a list of them"),
     "layers_pattern": Rule("layers_pattern", _names, "a name or a list of names", patterns=True),
@@ -75,11 +74,14 @@ EMPTY_IS_NULL = (
 
 
 def to_method(config: Mapping[str, Any]) -> tuple[LoRA | None, list[str]]:
-    """(method, faults): the lorakit.LoRA that a PEFT configuration means, or every value in it that makes no sense."""
+    """(method, faults): the lorakit.LoRA that a PEFT configuration means, or every value in it that makes no sense.
+
+    config: with PEFT's default wherever the file leaves a key out.
+    """
     fields: dict[str, Any] = {}
     faults: list[str] = []
     for key, rule in RULES.items():
-        value = config.get(key, rule.default)
+        value = config[key]
         if key in EMPTY_IS_NULL and value in (None, "", [], {}):
             continue
         wrong = _wrong(key, rule, value)

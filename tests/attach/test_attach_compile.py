@@ -53,9 +53,8 @@ def test_base_under_compile_is_the_base():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch, of its own tensors
-@pytest.mark.parametrize("bias", ["none", "lora_only"])
-def test_trains_under_compile(bias):
-    model = two("gpt2", trainable=True, bias=bias)
+def test_trains_under_compile():
+    model = two("gpt2", trainable=True, bias="lora_only")
     inputs = tiny.batch(model, labels=True)
     model(**inputs).loss.backward()
     expected = [p.grad.clone() for p in lk.parameters(model, "b")]

@@ -262,3 +262,15 @@ def test_a_parameter_of_the_root_module_has_pefts_key(tmp_path):
     from lorakit.store.peft_folder import to_tensors
 
     assert list(to_tensors(Draft(replaced={"": {"bias": torch.ones(3)}}), Root())) == ["base_model.model.bias"]
+
+
+def test_the_meta_device_holds_no_values_to_load_or_save(tmp_path):
+    folder = good(tmp_path / "a")
+    model = tiny.gpt2().to("meta")
+    with pytest.raises(lk.LorakitError, match="meta device"):
+        lk.load(model, folder)
+    assert lk.adapters(model) == {}
+    lk.attach(model, lk.LoRA(r=2, target_modules=["c_attn"]))
+    with pytest.raises(lk.LorakitError, match="meta device"):
+        lk.save(model, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
