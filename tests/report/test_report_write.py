@@ -1,7 +1,6 @@
 """Writing: whole or not at all."""
 
 import errno
-import io
 import os
 
 import pytest
@@ -14,21 +13,12 @@ def full_disk(*_args, **_kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-class FullFile(io.BytesIO):
-    def write(self, _content):
-        full_disk()
-
-
-@pytest.mark.parametrize("where", ["fsync", "replace", "write", "open"])
+@pytest.mark.parametrize("where", ["fsync", "replace", "open"])
 def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch, where):
     path = write_report(tmp_path / "report.html", Report("Old"))
     before = path.read_bytes()
-    if where in ("fsync", "replace"):
-        monkeypatch.setattr(os, where, full_disk)
-    else:
-        opened = full_disk if where == "open" else lambda *_: FullFile()
-        monkeypatch.setattr("lorakit.report.write.open", opened, raising=False)
-    with pytest.raises(OutputError, match=r"report\.html.*No space left on device.*untouched"):
+    monkeypatch.setattr(os, where, full_disk)
+    with pytest.raises(OutputError, match=r"no space left on the disk while writing .*report\.html"):
         write_report(path, Report("New"))
     monkeypatch.undo()
     assert path.read_bytes() == before
@@ -45,13 +35,13 @@ def test_a_report_replaces_the_old_one_and_makes_folders(tmp_path):
 
 def test_a_file_where_a_folder_should_be_is_an_output_error(tmp_path):
     (tmp_path / "runs").write_text("x")
-    with pytest.raises(OutputError, match="expected to write"):
+    with pytest.raises(OutputError, match="cannot write"):
         write_report(tmp_path / "runs" / "report.html", Report("t"))
 
 
 def test_a_folder_where_the_report_should_be_is_an_output_error(tmp_path):
     (tmp_path / "report.html").mkdir()
-    with pytest.raises(OutputError, match="expected to write"):
+    with pytest.raises(OutputError, match="cannot write"):
         write_report(tmp_path / "report.html", Report("t"))
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
