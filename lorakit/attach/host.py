@@ -174,7 +174,7 @@ def _install(leaf: nn.Module, path: str, record: Record, strength: float, slot: 
             kind.a_name + suffix,
             kind.b_name + suffix,
             scale,
-            torch.tensor(scale, dtype=torch.float64, device="cpu"),
+            pair.factor(strength),
             pair.dropout,
         )
         _put(leaf, low.a, pair.A)

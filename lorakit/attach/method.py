@@ -16,6 +16,13 @@ class Pair:
     Bt: Tensor
     scale: float
     dropout: float = 0.0
+    _factors: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def factor(self, strength: float) -> Tensor:
+        """`scale * strength` as a 0-dim CPU tensor, kept: making one costs more than all else in a switch."""
+        if strength not in self._factors:
+            self._factors[strength] = torch.tensor(self.scale * strength, dtype=torch.float64, device="cpu")
+        return self._factors[strength]
 
 
 @dataclass

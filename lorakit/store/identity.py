@@ -1,5 +1,7 @@
 """Who an adapter is (the hash of its tensors and canonical configuration) and which base it belongs to."""
 
+import base64
+import binascii
 import hashlib
 import json
 from collections.abc import Collection, Mapping
@@ -13,7 +15,8 @@ from lorakit.store.peft_config import DEFAULTS, SETS
 
 # What may differ between two copies of one adapter: who wrote it, where its base was found, how it is to be opened.
 NOT_IDENTITY = {"peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "task_type"}
-SAMPLES = 32  # values read of each parameter
+SAMPLES = 8  # values read of each parameter
+ROUNDING = 2.0**-6  # how far a copy in half precision may stray from a value, relative to it (and 1e-6)
 WIDENED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # types that torch.cat joins without loss
 
 
@@ -36,11 +39,11 @@ def content_hash(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> st
 
 
 def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str | None:
-    """A short hash of the base's parameter names, shapes and sampled values; None on the meta device.
+    """ "base:<hash of parameter names and shapes>:<sampled values>" of a base; None on the meta device.
 
-    Values are rounded to bfloat16 first, so that a base and its bfloat16 copy agree. Adapters' own tensors do not count;
-    neither do the parameters named in `without`: those that the adapter replaces (a classification head is drawn at
-    random when the base is loaded).
+    The values stand there in bfloat16 as base64, so that `same_base` knows a copy in another precision. Adapters' own
+    tensors do not count; neither do the parameters named in `without`: those that the adapter replaces (a classification
+    head is drawn at random when the base is loaded).
     """
     host = find_host(model)
     known = None if host is None else host.flags
@@ -55,10 +58,34 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str | None:
         sample = _sample(parameter.data)
         samples.append(sample if sample.dtype in WIDENED else sample.to(torch.bfloat16))
     digest = hashlib.sha256("".join(names).encode())
-    if samples:
-        values = torch.cat([sample.cpu() for sample in samples]).to(torch.bfloat16)
-        digest.update(values.view(torch.int16).numpy().data)
-    return f"base:{digest.hexdigest()[:32]}"
+    values = torch.cat([sample.cpu() for sample in samples]).to(torch.bfloat16) if samples else torch.empty(0)
+    encoded = base64.b64encode(values.view(torch.int16).numpy().tobytes()) if samples else b""
+    return f"base:{digest.hexdigest()[:32]}:{encoded.decode()}"
+
+
+def same_base(one: object, other: object) -> bool:
+    """Whether two fingerprints are of one base, in whatever precision each copy was."""
+    if one == other:
+        return True
+    if not isinstance(one, str) or not isinstance(other, str) or one.count(":") != 2 or other.count(":") != 2:
+        return False
+    if one.rpartition(":")[0] != other.rpartition(":")[0]:
+        return False
+    try:
+        ours, theirs = (_values(text.rpartition(":")[2]) for text in (one, other))
+    except (binascii.Error, ValueError):
+        return False
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=ROUNDING, atol=1e-6, equal_nan=True)
+
+
+def short(fingerprint_: object) -> str:
+    """A fingerprint as a message shows it."""
+    return str(fingerprint_).rpartition(":")[0] or str(fingerprint_)
+
+
+def _values(encoded: str) -> Tensor:
+    raw = bytearray(base64.b64decode(encoded, validate=True))
+    return torch.frombuffer(raw, dtype=torch.int16).view(torch.bfloat16).double() if raw else torch.empty(0)
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from lorakit.attach.targets import find_modules, matches
 from lorakit.errors import FileError, TargetError
 from lorakit.methods.lora import LoRA
 from lorakit.store.header import read_tensors
-from lorakit.store.identity import content_hash, fingerprint
+from lorakit.store.identity import content_hash, fingerprint, same_base, short
 from lorakit.store.peft_config import CONFIG, read_config
 from lorakit.store.peft_folder import Parsed, parse, to_draft
 
@@ -200,11 +200,12 @@ def _under_another_name(name: str, parsed: Parsed, model: nn.Module) -> bool:
 def _base_faults(found: AdapterFile, model: nn.Module) -> list[str]:
     expected = found.extra.get("base")
     came = fingerprint(model, found.parsed.plain) if expected else None
-    if came is None or came == expected:
+    if came is None or same_base(came, expected):
         return []
     name = found.config.get("base_model_name_or_path") or "unnamed"
+    how = "values" if short(came) == short(expected) else "names or shapes"
     return [
-        f"it was trained on another base ({name}, {expected}) than this model ({came}). Load that base, or pass "
+        f"it was trained on another base ({name}): its parameters have other {how} than this model's. Load that base, or pass "
         "check_base=False if you know better"
     ]
 

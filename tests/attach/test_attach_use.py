@@ -142,7 +142,7 @@ def test_parameters_of_a_frozen_adapter_are_refused():
 def test_cast_model_goes_on_with_every_adapter(cast, trainable):
     model = tiny.llama()
     for number, name in enumerate("ab"):
-        lk.attach(model, lk.LoRA(r=4), name=name, trainable=trainable)
+        lk.attach(model, lk.LoRA(r=4), name=name, trainable=trainable, seed=number)
         adapting.grow(model, name, number)
     inputs = tiny.batch(model)
     expected = {}
@@ -154,7 +154,7 @@ def test_cast_model_goes_on_with_every_adapter(cast, trainable):
         lk.use(model, name)
         out = adapting.logits(model, inputs)
         assert out.dtype == model.lm_head.weight.dtype
-        torch.testing.assert_close(out.float(), expected[name], rtol=0.1, atol=0.03)
+        torch.testing.assert_close(out.float(), expected[name], rtol=0.1, atol=0.06)  # bfloat16, two layers
         assert model(**inputs).logits.dtype == out.dtype
 
 

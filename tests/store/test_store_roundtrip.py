@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from store_kit import CONFIG, EXTRA, PAIR, TENSORS, attached, edit_json, edit_tensors, good, refused
 
 import lorakit as lk
-from lorakit.store.identity import content_hash, fingerprint
+from lorakit.store.identity import content_hash, fingerprint, same_base
 from lorakit.store.peft_config import DEFAULTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -176,6 +176,16 @@ def test_a_fingerprint_tells_bases_apart_and_copies_together():
     resized.resize_token_embeddings(100, mean_resizing=False)
     assert fingerprint(resized) != reference
     assert fingerprint(tiny.gpt2().to("meta")) is None
+
+
+@pytest.mark.parametrize("copy", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_copy_of_the_base_in_another_precision_is_the_same_base(tmp_path, copy):
+    folder = good(tmp_path)
+    lk.load(tiny.gpt2().to(copy), folder)
+    assert same_base(fingerprint(tiny.gpt2().half()), fingerprint(tiny.gpt2().bfloat16()))
+    assert not same_base(fingerprint(tiny.gpt2().half()), fingerprint(other_seed()))
+    for broken in (None, 3, "base", "base:a:b", fingerprint(tiny.gpt2())[:-7], fingerprint(tiny.gpt2()) + "=="):
+        assert not same_base(broken, fingerprint(tiny.gpt2()))
 
 
 def test_a_fingerprint_is_the_bases_whatever_is_attached():
