@@ -109,6 +109,8 @@ class Trainer:
             restore(self.parameters, self.best)
         self.optimizer.zero_grad(set_to_none=True)
         self.model.eval()
+        if self.config.gradient_checkpointing:
+            self.model.gradient_checkpointing_disable()
         for key, value in (("_original_forward", None), ("forward", self._forward)):  # autocast's wrapping
             self.model.__dict__.pop(key, None)
             if value is not None:
