@@ -207,7 +207,9 @@ def _agree(name: str, model: Any, tokenizer: Any, *, needs_padding: bool) -> Non
 def _counts_positions_from_padding(model: Any) -> bool:
     """Whether the config's pad id also says where positions begin (RoBERTa's kind): another id would shift them all."""
     return any(
-        name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding) and module.padding_idx is not None
+        name.endswith("position_embeddings")
+        and isinstance(module, torch.nn.Embedding)
+        and module.padding_idx is not None
         for name, module in model.named_modules()
     )
 

@@ -106,7 +106,9 @@ def _outputs(folder: Path) -> int | None:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys() if "lora_" not in key}  # noqa: SIM118
     except (OSError, SafetensorError):  # loading the adapter then says what is wrong with it
         return None
-    heads = [shape[0] for key, shape in shapes.items() if len(shape) == 2 and any(f".{name}." in key for name in HEAD_NAMES)]
+    heads = [
+        shape[0] for key, shape in shapes.items() if len(shape) == 2 and any(f".{name}." in key for name in HEAD_NAMES)
+    ]
     return min(heads, default=None)  # a head's last layer is its narrowest
 
 
