@@ -14,7 +14,8 @@ from torch import nn
 
 import lorakit as lk
 
-WIDTH, TOKENS, RANK = 576, 16, 8
+WIDTH, RANK = 576, 8
+SIZES = {16: 100, 1024: 10}  # tokens in a call -> calls in a measurement: a decode step, and a training batch
 NAMES = ("first", "second")
 
 
@@ -80,7 +81,7 @@ def adapted_linear(off: bool = False) -> nn.Module:
     return model
 
 
-def calls() -> dict[str, dict[str, Callable[[], Any]]]:
+def calls(tokens: int, repeats: int) -> dict[str, dict[str, Callable[[], Any]]]:
     """Rows of the second table: one linear layer, plain, adapted but off, with one adapter, and PEFT's."""
     plain = nn.Sequential(nn.Linear(WIDTH, WIDTH)).requires_grad_(False)
     theirs = with_peft(nn.Sequential(nn.Linear(WIDTH, WIDTH)), ["0"], NAMES[:1])
@@ -93,27 +94,27 @@ def calls() -> dict[str, dict[str, Callable[[], Any]]]:
         "peft off": theirs_off.base_model.model[0],
         "peft": theirs.base_model.model[0],
     }
-    x = torch.randn(1, TOKENS, WIDTH)
+    x = torch.randn(1, tokens, WIDTH)
     recorded = x.clone().requires_grad_(True)
 
     def infer(leaf: nn.Module) -> Callable[[], Any]:
         def run() -> None:
             with torch.no_grad():
-                for _ in range(100):
+                for _ in range(repeats):
                     leaf(x)
 
         return run
 
     def train(leaf: nn.Module) -> Callable[[], Any]:
         def run() -> None:
-            for _ in range(100):
+            for _ in range(repeats):
                 leaf(recorded).sum().backward()
 
         return run
 
     return {
-        "100 calls, no_grad": {name: infer(leaf) for name, leaf in leaves.items()},
-        "100 calls, forward and backward": {name: train(leaf) for name, leaf in leaves.items()},
+        f"{tokens} tokens, no_grad": {name: infer(leaf) for name, leaf in leaves.items()},
+        f"{tokens} tokens, forward and backward": {name: train(leaf) for name, leaf in leaves.items()},
     }
 
 
@@ -124,20 +125,24 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     life_times = {row: interleaved(sides, options.rounds) for row, sides in life(options.layers).items()}
-    call_times = {row: interleaved(sides, options.rounds) for row, sides in calls().items()}
+    call_times = {}
+    for tokens, repeats in SIZES.items():
+        for row, sides in calls(tokens, repeats).items():
+            measured = interleaved(sides, options.rounds)
+            call_times[row] = {side: seconds / repeats for side, seconds in measured.items()}
     above = [
         [row, times["lorakit"] * 1e3, times["peft"] * 1e3, times["peft"] / times["lorakit"]]
         for row, times in life_times.items()
     ]
     sides = next(iter(call_times.values()))
     below = [
-        [row, *(times[side] * 1e4 for side in sides), times["lorakit"] / times["plain"], times["peft"] / times["plain"]]
+        [row, *(times[side] * 1e6 for side in sides), times["lorakit"] / times["plain"], times["peft"] / times["plain"]]
         for row, times in call_times.items()
     ]
     text = table([f"{options.layers} layers", "lorakit ms", "PEFT ms", "PEFT / lorakit"], above)
     heads = [f"{side}, us a call" for side in sides]
-    text += "\n\n" + table([f"{WIDTH} x {WIDTH}, {TOKENS} tokens", *heads, "lorakit / plain", "PEFT / plain"], below)
-    finish("attach", {"life_seconds": life_times, "seconds_per_100_calls": call_times, "rounds": options.rounds}, text)
+    text += "\n\n" + table([f"one linear layer, {WIDTH} x {WIDTH}", *heads, "lorakit / plain", "PEFT / plain"], below)
+    finish("attach", {"life_seconds": life_times, "seconds_per_call": call_times, "rounds": options.rounds}, text)
 
 
 if __name__ == "__main__":
