@@ -1,7 +1,7 @@
 """Autograd functions: the adapted linear layer as one node, and the guard against a switch under checkpointing.
 
-`y = x W^T + b + s (x A^T) B^T` with W frozen. Autograd's own graph for it computes dB as `dy^T (x A^T)`, a product with
-a tiny inner row that costs a CPU a third of the base's own; here every low-rank product keeps its long axis contiguous:
+`y = x W^T + b + s (x A^T) B^T` with W frozen. Autograd's own graph for it computes dB as `dy^T (x A^T)`, whose
+inner rows are r long; here every low-rank product keeps its long axis contiguous (docs/benchmarks.md has the figure):
 `dA = s (B^T dy^T) x`, `dB^T = s (A x^T) dy`, `dx = dy W + s (B^T dy^T)^T A`, and dW is never formed.
 """
 

@@ -7,7 +7,6 @@ from .database import schema_text
 from .grammar import SHAPES, Question, questions
 
 _FEW_SHOT_SHAPES: Final = ("equal", "group_count", "join_filter")  # a filter, a group and a join
-_INSTRUCTION: Final = "Answer each question about this SQLite database with one SQL query and nothing else."
 
 
 def prompt(question_text: str) -> str:
@@ -35,14 +34,6 @@ def few_shot_prompt(question_text: str, examples: Sequence[Question]) -> str:
     """The same schema, then the answered examples, then the question: for the base model, as plain text."""
     shots = "".join(f"{_ask(shot.text)}{completion(shot.sql)}\n\n" for shot in examples)
     return f"{schema_text()}\n\n{shots}{_ask(question_text)}"
-
-
-def few_shot_messages(question_text: str, examples: Sequence[Question]) -> list[dict[str, str]]:
-    """The same as a chat, for a model tuned to follow one: the schema stands in the system's turn."""
-    messages = [{"role": "system", "content": f"{_INSTRUCTION}\n{schema_text()}"}]
-    for shot in examples:
-        messages += [{"role": "user", "content": shot.text}, {"role": "assistant", "content": shot.sql}]
-    return [*messages, {"role": "user", "content": question_text}]
 
 
 def _ask(question_text: str) -> str:

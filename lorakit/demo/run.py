@@ -20,7 +20,8 @@ from lorakit.generate import GenerateConfig, generate
 from lorakit.report import Report, Sample, Table, run_report, write_report
 from lorakit.run.folder import RunFolder
 from lorakit.run.listen import Listener
-from lorakit.run.train import NAME, RunResult, train
+from lorakit.run.subject import NAME
+from lorakit.run.train import RunResult, train
 from lorakit.store.files import write_text
 
 MODEL = "smollm2-135m-instruct"

@@ -15,7 +15,7 @@ from lorakit.store.api import load as load_adapter
 from lorakit.store.peft_config import CONFIG
 from lorakit.store.read import EXTRA, TENSORS, locate
 
-NAME = "default"
+NAME = "default"  # the adapter's name in a run
 PEFT_TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification", "SEQ_2_SEQ_LM": "seq2seq"}
 
 

@@ -32,14 +32,14 @@ from lorakit.run.check import check_class_metrics, check_fits, check_recipe
 from lorakit.run.device import best_device, model_bytes, peak_memory
 from lorakit.run.folder import RunFolder, finite
 from lorakit.run.listen import Listener
-from lorakit.run.recipe import Recipe, load_recipe, to_yaml
+from lorakit.run.recipe import CLASSIFICATION, Recipe, load_recipe, to_yaml
 from lorakit.run.resume import check_same, fingerprint
+from lorakit.run.subject import NAME
 from lorakit.store.api import save
 from lorakit.store.files import write_text
 from lorakit.train.loop import Hooks, Trainer
 from lorakit.train.loss import custom_objective, mean_loss, objective_for
 
-NAME = "default"  # the adapter's name in a run
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 
@@ -129,7 +129,7 @@ class _Run:
 
     @property
     def classifies(self) -> bool:
-        return self.recipe.task == "sequence-classification"
+        return self.recipe.task == CLASSIFICATION
 
     def read_data(self) -> None:
         self.listener.stage("reading data")

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorakit.data import IGNORE
 from lorakit.errors import UsageError
 
-IGNORE = -100
 Batch = Mapping[str, Tensor]
 
 

@@ -13,7 +13,7 @@ from lorakit.demo import grammar, wordings
 from lorakit.demo.answers import same_answer
 from lorakit.demo.database import DATABASE_SEEDS, fill
 from lorakit.demo.grammar import SHAPES, Question, questions
-from lorakit.demo.prompts import completion, example, few_shot_examples, few_shot_messages, few_shot_prompt, prompt
+from lorakit.demo.prompts import completion, example, few_shot_examples, few_shot_prompt, prompt
 from lorakit.demo.slots import expand, plural
 from lorakit.demo.wordings import Wordings
 from lorakit.errors import UsageError
@@ -181,12 +181,10 @@ def test_few_shot_prompts_show_three_shapes_of_training(heldout: list[Question])
     assert shots == few_shot_examples()
     assert len({shot.shape for shot in shots}) == 3
     assert {shot.template for shot in shots} <= {template for shape in SHAPES for template in shape.wordings.train}
-    text, messages = few_shot_prompt("How?", shots), few_shot_messages("How?", shots)
+    text = few_shot_prompt("How?", shots)
     with closing(fill(1)) as conn:
         tables = {row[0] for row in conn.execute("SELECT name FROM sqlite_master")}
     assert all(f"{table}(" in text for table in tables)  # the base has not learnt the schema: it is told
     assert text.endswith("\n\nQuestion: How?\nSQL:")
-    assert [message["role"] for message in messages] == ["system"] + ["user", "assistant"] * 3 + ["user"]
     for shot in shots:
         assert f"Question: {shot.text}\nSQL: {shot.sql}\n\n" in text
-        assert {"role": "assistant", "content": shot.sql} in messages
