@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lorakit.attach.kinds import is_stock, row_kind
-from lorakit.attach.site import Site, replacement
+from lorakit.attach.site import Site, replacement, this_thread
 from lorakit.errors import AdapterError
 
 is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
@@ -62,12 +62,24 @@ def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
             return kind.forward(self, site, call, *args, **kwargs)
         if site.route is not None:
             raise AdapterError(
-                f"{site.path} ({type(self).__name__}) has parameters of its own in an adapter (bias or modules_to_save), "
+                f"{site.path} ({type(self).__name__}) has parameters of its own in an adapter (a bias, a head, experts), "
                 "and rows of one batch cannot take different ones there. Run one adapter at a time with lorakit.use."
             )
-        return call(*args, **kwargs)
+        return _keeping(site, call, args, kwargs)
 
     return forward
+
+
+def _keeping(site: Site, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call during which each raw parameter's update is computed once, however often the module reads it."""
+    thread = this_thread()
+    if not any(slot.raw for slot in site.active) or thread in site.kept:
+        return call(*args, **kwargs)
+    site.kept[thread] = {}
+    try:
+        return call(*args, **kwargs)
+    finally:
+        del site.kept[thread]
 
 
 def _stand_in(name: str) -> property:

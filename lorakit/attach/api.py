@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.host import KEY, Host, Record, State, check_names, check_not_merged, find_host, host_of
-from lorakit.attach.method import Draft, Method
+from lorakit.attach.method import LEARNT, Draft, Method
+from lorakit.attach.quantized import dense_shape
 from lorakit.core.route import Route
 from lorakit.errors import AdapterError, UsageError
 
@@ -118,7 +119,7 @@ def add(model: nn.Module, record: Record) -> AttachReport:
 def _forget(model: nn.Module, host: Host, name: str, before: State) -> None:
     host.switch(before)
     del host.records[name]
-    host.undress(keep={path for record in host.records.values() for path in record.paths()})
+    host.undress(keep=host.needed())
     host.dress(model)
 
 
@@ -128,8 +129,13 @@ def set_trainable(draft: Draft, trainable: bool) -> None:
     def turned(tensor: Tensor) -> Tensor:
         return nn.Parameter(tensor.detach()) if trainable else tensor.detach()
 
-    for pair in draft.pairs.values():
-        pair.A, pair.Bt = turned(pair.A), turned(pair.Bt)
+    for _, pair in draft.all_pairs():
+        for key in LEARNT:
+            tensor = getattr(pair, key)
+            if tensor is not None:
+                setattr(pair, key, turned(tensor))
+    for rows in draft.tokens.values():
+        rows.rows = turned(rows.rows)
     for group in draft.replaced.values():
         group.update({name: turned(tensor) for name, tensor in group.items()})
 
@@ -146,7 +152,7 @@ def detach(model: nn.Module, name: str) -> None:
         host.check_undressable()
         host.switch(_without(host.state, {name}))
         del host.records[name]
-        host.undress(keep={path for record in host.records.values() for path in record.paths()})
+        host.undress(keep=host.needed())
         if host.records:
             host.dress(model)
             return
@@ -250,14 +256,10 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
             strengths.get(name, 0.0),
             record.trainable,
             _size(record.tensors()),
-            tuple(_module_order(record)),
+            tuple(record.paths()),
         )
         for name, record in host.records.items()
     }
-
-
-def _module_order(record: Record) -> dict[str, None]:
-    return dict.fromkeys([*record.draft.pairs, *record.draft.replaced])
 
 
 def parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
@@ -272,6 +274,13 @@ def parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
         return [tensor for tensor in record.tensors() if isinstance(tensor, nn.Parameter)]
 
 
+def learning_rates(model: nn.Module, name: str) -> dict[int, float]:
+    """id of a trainable tensor of adapter `name` -> the factor on its learning rate, where the method wants one (LoRA+)."""
+    parameters(model, name)
+    record = host_of(model).records[name]
+    return dict(record.method.learning_rates(model, record.draft))
+
+
 def count_parameters(model: nn.Module) -> Counts:
     """Count the model's parameters with its active adapters; works on the meta device. See Counts."""
     host = find_host(model)
@@ -281,11 +290,10 @@ def count_parameters(model: nn.Module) -> Counts:
         host.current()
         active = [host.records[name] for name, _ in host.state.selection]
         adapter_ids = {id(tensor) for record in active for tensor in record.tensors()}
-        pairs = [pair for record in active for pair in record.draft.pairs.values()]
-        low_rank = _size([tensor for pair in pairs for tensor in (pair.A, pair.Bt)])
+        low_rank = _size([tensor for record in active for tensor in record.draft.low_rank()])
         replaced = _size([tensor for record in active for tensor in record.tensors()]) - low_rank
     own = [parameter for parameter in model.parameters() if id(parameter) not in adapter_ids]
-    total = sum(parameter.numel() for parameter in own) + low_rank + replaced
+    total = sum(dense_shape(parameter).numel() for parameter in own) + low_rank + replaced
     return Counts(
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         total=total,

@@ -6,7 +6,7 @@ parameters where trainable, as non-persistent buffers where frozen, and are writ
 """
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.attach.adapted import bare, check_bare, wear
 from lorakit.attach.kinds import low_rank_kind
-from lorakit.attach.method import Draft, Method, Pair
+from lorakit.attach.method import Draft, Method, Pair, TokenRows
 from lorakit.attach.site import LowRank, Site, Slot
 from lorakit.core.route import Route
 from lorakit.errors import AdapterError, UsageError
@@ -33,13 +33,22 @@ class Record:
     trainable: bool
     meta: dict[str, Any] = field(default_factory=dict)
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor of the adapter, in the model's order."""
-        pairs = [tensor for pair in self.draft.pairs.values() for tensor in (pair.A, pair.Bt)]
-        return pairs + [tensor for group in self.draft.replaced.values() for tensor in group.values()]
+    slots: dict[tuple[int, float], dict[str, Slot]] = field(default_factory=dict, repr=False, compare=False)
 
-    def paths(self) -> set[str]:
-        return set(self.draft.pairs) | set(self.draft.replaced)
+    def tensors(self) -> list[Tensor]:
+        """Every trained tensor of the adapter, in the model's order."""
+        return self.draft.tensors()
+
+    def paths(self) -> dict[str, None]:
+        return self.draft.paths()
+
+    def slots_at(self, k: int, strength: float, leaves: dict[str, nn.Module]) -> dict[str, Slot]:
+        """path -> what this adapter does there as the k-th that is on; kept, for they hold names and no tensors."""
+        if (k, strength) not in self.slots:
+            self.slots[k, strength] = {
+                path: slot_for(leaves[path], path, self.draft, strength, f"_{k}" if k else "") for path in self.paths()
+            }
+        return self.slots[k, strength]
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,14 @@ class State:
 
 
 @dataclass
+class Untied:
+    """What a merge took apart. parameters: (path, name) -> the shared parameter; configs: those that said "tied"."""
+
+    parameters: dict[tuple[str, str], nn.Parameter] = field(default_factory=dict)
+    configs: list[Any] = field(default_factory=list)
+
+
+@dataclass
 class Merged:
     """A merge that can be undone. originals: path -> {parameter name: the base's own values}."""
 
@@ -58,6 +75,7 @@ class Merged:
     before: State
     originals: dict[str, dict[str, Tensor]]
     handles: list[Any]
+    untied: Untied = field(default_factory=Untied)
 
 
 class Host:
@@ -84,7 +102,7 @@ class Host:
 
     def dress(self, model: nn.Module) -> None:
         """Give every leaf that a record needs its adapted class, with a property for each parameter it replaces."""
-        for path in self._needed():
+        for path, replaced in self.needed().items():
             leaf = self.leaves.get(path)
             if leaf is None:
                 leaf = model.get_submodule(path)
@@ -95,7 +113,7 @@ class Host:
                     )
                 _check_free(leaf, path)
             site = self.sites.get(path) or Site(path, None)
-            wear(leaf, site, self._replaced_names(path))
+            wear(leaf, site, replaced)
             self.leaves[path], self.sites[path] = leaf, site
 
     def undress(self, keep: Iterable[str] = ()) -> None:
@@ -109,11 +127,16 @@ class Host:
         for leaf in self.leaves.values():
             check_bare(leaf)
 
-    def _needed(self) -> list[str]:
-        return list(dict.fromkeys(path for record in self.records.values() for path in _ordered_paths(record)))
-
-    def _replaced_names(self, path: str) -> frozenset[str]:
-        return frozenset(name for record in self.records.values() for name in record.draft.replaced.get(path, ()))
+    def needed(self) -> dict[str, frozenset[str]]:
+        """path -> names of the parameters that some adapter replaces there, of every leaf that a record needs."""
+        names: dict[str, set[str]] = {}
+        for record in self.records.values():
+            for path in record.paths():
+                names.setdefault(path, set())
+            for group in (record.draft.replaced, record.draft.raw):
+                for path, own in group.items():
+                    names[path].update(own)
+        return {path: frozenset(own) for path, own in names.items()}
 
     # -- switching ---------------------------------------------------------------------------------------------------
 
@@ -129,60 +152,142 @@ class Host:
             self.epoch += 1
             self.state = state
             mark = torch.tensor(self.epoch, device="cpu")
-            for path, leaf in self.leaves.items():
-                slots = tuple(_install(leaf, path, record, weight, k) for k, (record, weight) in enumerate(records))
-                used = any(slot.low is not None or slot.replaced for slot in slots)
-                self.sites[path].switch(slots if used else (), state.route if used else None, self.epoch, mark)
+            on = [record.slots_at(k, strength, self.leaves) for k, (record, strength) in enumerate(records)]
+            for (record, _), slots in zip(records, on, strict=True):
+                for path, slot in slots.items():
+                    _install(self.leaves[path], path, record.draft, slot)
+            for path, site in self.sites.items():
+                here = tuple(group.get(path, EMPTY) for group in on)
+                used = any(slot is not EMPTY for slot in here)
+                site.switch(here if used else (), state.route if used else None, self.epoch, mark)
 
     def _bring(self, record: Record) -> None:
         """Bring an adapter's tensors to the devices of their leaves."""
-        for path, pair in record.draft.pairs.items():
+        draft = record.draft
+        for path, name, holder in _places(draft):
+            tensor = _get(holder, name)
             device = _device(self.leaves[path])
-            pair.A, pair.Bt = _moved(pair.A, device), _moved(pair.Bt, device)
-        for path, group in record.draft.replaced.items():
-            device = _device(self.leaves[path])
-            group.update({name: _moved(tensor, device) for name, tensor in group.items()})
+            if device is not None:
+                _set(holder, name, _moved(tensor, device))
 
     def _write_back(self) -> None:
-        names = [name for name, _ in self.state.selection]
-        for path, site in self.sites.items():
-            for name, slot in zip(names, site.active, strict=False):
-                _remove(self.leaves[path], path, self.records[name], slot)
+        self._each(_take)
 
     def current(self) -> None:
         """Bring the records up to date with the tensors that stand on the leaves (`model.to()` makes new ones)."""
-        names = [name for name, _ in self.state.selection]
-        for path, site in self.sites.items():
-            for name, slot in zip(names, site.active, strict=False):
-                _read_back(self.leaves[path], path, self.records[name], slot)
+        self._each(getattr)
+
+    def _each(self, read: Callable[[nn.Module, str], Tensor]) -> None:
+        """Have `read` give each tensor that stands on a leaf, and note it in its record."""
+        for k, (name, strength) in enumerate(self.state.selection):
+            record = self.records[name]
+            for path, slot in record.slots_at(k, strength, self.leaves).items():
+                for attribute, key, holder in _attributes(slot, path, record.draft):
+                    _set(holder, key, read(self.leaves[path], attribute))
 
 
-def _ordered_paths(record: Record) -> list[str]:
-    return [*record.draft.pairs, *record.draft.replaced]
+Holder = Pair | TokenRows | dict[str, Tensor]
+EMPTY = Slot(None, {}, 0.0, {}, None, None)
+FIELDS = {"A": "a", "Bt": "b", "magnitude": "magnitude", "bias": "bias", "fixed_a": "fixed_a", "fixed_bt": "fixed_b"}
 
 
-def _install(leaf: nn.Module, path: str, record: Record, strength: float, slot: int) -> Slot:
-    """Put one adapter's tensors on one leaf, under names with the slot's suffix."""
-    suffix = f"_{slot}" if slot else ""
-    pair, replaced, low = record.draft.pairs.get(path), record.draft.replaced.get(path, {}), None
+def _places(draft: Draft) -> Iterator[tuple[str, str, Holder]]:
+    """(path, key, holder) of every tensor of a draft that stands on a leaf while the adapter is on."""
+    for path, pair in draft.pairs.items():
+        yield from ((path, name, pair) for name, _ in pair.held())
+    for path, group in draft.raw.items():
+        yield from ((path, name, pair) for pair in group.values() for name, _ in pair.held())
+    for path, rows in draft.tokens.items():
+        yield from ((path, name, rows) for name in ("indices", "rows"))
+    for path, tensors in draft.replaced.items():
+        yield from ((path, name, tensors) for name in tensors)
+
+
+def _attributes(slot: Slot, path: str, draft: Draft) -> Iterator[tuple[str, str, Holder]]:
+    """(attribute on the leaf, key, holder) of every tensor that `slot` puts on its leaf."""
+    home = draft.tied.get(path, path)
+    if slot.low is not None:
+        yield from _of_pair(slot.low, draft.pairs[home])
+    for name, low in slot.raw.items():
+        yield from _of_pair(low, draft.raw[path][name])
+    if slot.rows is not None and slot.indices is not None:
+        yield slot.rows, "rows", draft.tokens[home]
+        yield slot.indices, "indices", draft.tokens[home]
+    for name, attribute in slot.replaced.items():
+        yield attribute, name, draft.replaced[path]
+
+
+def _of_pair(low: LowRank, pair: Pair) -> Iterator[tuple[str, str, Holder]]:
+    for name, place in FIELDS.items():
+        attribute = getattr(low, place)
+        if attribute is not None:
+            yield attribute, name, pair
+
+
+def _get(holder: Holder, key: str) -> Tensor:
+    return holder[key] if isinstance(holder, dict) else getattr(holder, key)
+
+
+def _set(holder: Holder, key: str, tensor: Tensor) -> None:
+    if isinstance(holder, dict):
+        holder[key] = tensor
+    else:
+        setattr(holder, key, tensor)
+
+
+def slot_for(leaf: nn.Module, path: str, draft: Draft, strength: float, suffix: str) -> Slot:
+    """What an adapter does at one leaf, under attribute names that end in `suffix` (of its place among those on)."""
+    home = draft.tied.get(path, path)
+    pair, low = draft.pairs.get(home), None
     if pair is not None:
         kind = low_rank_kind(type(leaf))
         if kind is None:
             raise TypeError(f"{path}: no kind is registered for {type(leaf).__name__}")
-        scale = pair.scale * strength
-        low = LowRank(
-            kind.a_name + suffix,
-            kind.b_name + suffix,
-            scale,
-            pair.factor(strength),
-            pair.dropout,
-        )
-        _put(leaf, low.a, pair.A)
-        _put(leaf, low.b, pair.Bt)
-    names = {name: f"lora_{name}{suffix}" for name in replaced}
-    for name, attribute in names.items():
-        _put(leaf, attribute, replaced[name])
-    return Slot(low, names, strength)
+        names = ("lora_At", kind.b_name) if home != path else (kind.a_name, kind.b_name)
+        low = low_rank_at(pair, names, strength, suffix, crossed=home != path)
+    raw = {
+        name: low_rank_at(one, (f"lora_A_{name}", f"lora_Bt_{name}"), strength, suffix)
+        for name, one in draft.raw.get(path, {}).items()
+    }
+    has_rows = home in draft.tokens
+    return Slot(
+        low,
+        {name: f"lora_{name}{suffix}" for name in draft.replaced.get(path, {})},
+        strength,
+        raw,
+        f"lora_rows{suffix}" if has_rows else None,
+        f"lora_indices{suffix}" if has_rows else None,
+    )
+
+
+def low_rank_at(pair: Pair, names: tuple[str, str], strength: float, suffix: str, *, crossed: bool = False) -> LowRank:
+    """How a pair's tensors are called on a leaf. names: of A and Bt, without the suffix."""
+    a, b = names
+
+    def called(name: str, tensor: Tensor | None) -> str | None:
+        return None if tensor is None else f"{name}{suffix}"
+
+    return LowRank(
+        f"{a}{suffix}",
+        f"{b}{suffix}",
+        pair.scale * strength,
+        pair.factor(strength),
+        pair.dropout,
+        strength,
+        called(f"{a}_magnitude", pair.magnitude),
+        called(f"{b}_bias", pair.bias),
+        called(f"{a}_fixed", pair.fixed_a),
+        called(f"{b}_fixed", pair.fixed_bt),
+        pair.parts,
+        crossed,
+        pair.magnitude is None and pair.bias is None,
+    )
+
+
+def _install(leaf: nn.Module, path: str, draft: Draft, slot: Slot) -> None:
+    """Put one adapter's tensors on one leaf."""
+    for attribute, key, holder in _attributes(slot, path, draft):
+        _put(leaf, attribute, _get(holder, key))
 
 
 def _put(leaf: nn.Module, name: str, tensor: Tensor) -> None:
@@ -197,9 +302,9 @@ def _device(leaf: nn.Module) -> torch.device | None:
     return next((parameter.device for parameter in leaf._parameters.values() if parameter is not None), None)
 
 
-def _moved(tensor: Tensor, device: torch.device | None) -> Tensor:
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`; a parameter stays the object that it is, for an optimizer may hold it."""
-    if device is None or tensor.device == device:
+    if tensor.device == device:
         return tensor
     if isinstance(tensor, nn.Parameter):
         tensor.data = tensor.data.to(device)
@@ -231,22 +336,6 @@ def _take(leaf: nn.Module, name: str) -> Tensor:
     if tensor is None:
         raise AdapterError(f"the adapter's tensor {name} was taken off its leaf by other code")
     return tensor
-
-
-def _remove(leaf: nn.Module, path: str, record: Record, slot: Slot) -> None:
-    if slot.low is not None:
-        pair = record.draft.pairs[path]
-        pair.A, pair.Bt = _take(leaf, slot.low.a), _take(leaf, slot.low.b)
-    for name, attribute in slot.replaced.items():
-        record.draft.replaced[path][name] = _take(leaf, attribute)
-
-
-def _read_back(leaf: nn.Module, path: str, record: Record, slot: Slot) -> None:
-    if slot.low is not None:
-        pair: Pair = record.draft.pairs[path]
-        pair.A, pair.Bt = getattr(leaf, slot.low.a), getattr(leaf, slot.low.b)
-    for name, attribute in slot.replaced.items():
-        record.draft.replaced[path][name] = getattr(leaf, attribute)
 
 
 def find_host(model: nn.Module) -> Host | None:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.adapted import bare, wear
-from lorakit.attach.anatomy import shared_with
 from lorakit.attach.api import Names, selection_of
-from lorakit.attach.host import KEY, Host, Merged, State, check_names, check_not_merged, host_of
+from lorakit.attach.host import KEY, Host, Merged, State, Untied, check_names, check_not_merged, host_of
 from lorakit.attach.kinds import low_rank_kind
-from lorakit.attach.site import Slot
-from lorakit.core.delta import wide
+from lorakit.attach.site import Slot, raw_delta
+from lorakit.attach.tied import tie_again, untie
+from lorakit.core.delta import is_dense, wide
 from lorakit.errors import AdapterError, UsageError
 
 
@@ -52,14 +52,14 @@ def merge(
         host.switch(State(tuple(chosen.items())))
         try:
             reference = None if probe is None else _logits(model, probe)
-            originals = _write_merged(model, host)
+            originals, untied = _write_merged(model, host)
         except BaseException:
             host.switch(before)
             raise
         host.switch(State())
         for leaf in host.leaves.values():
             bare(leaf)
-        host.merged = Merged(tuple(chosen), before, originals, _guard(model, originals, host))
+        host.merged = Merged(tuple(chosen), before, originals, _guard(model, originals, host), untied)
         try:
             difference = None if reference is None else float((_logits(model, probe) - reference).abs().max())
         except BaseException:
@@ -90,68 +90,105 @@ def unmerge(model: nn.Module) -> None:
                     )
         for path, group in merged.originals.items():
             _write(host.leaves[path], group)
+        tie_again(host, merged.untied)
         for handle in merged.handles:
             handle.remove()
         host.merged = None
+        needed = host.needed()
         for path, site in host.sites.items():
-            wear(host.leaves[path], site, host._replaced_names(path))
+            wear(host.leaves[path], site, needed[path])
         host.switch(merged.before)
 
 
-def _write_merged(model: nn.Module, host: Host) -> dict[str, dict[str, Tensor]]:
+def _write_merged(model: nn.Module, host: Host) -> tuple[dict[str, dict[str, Tensor]], Untied]:
     """Write into the base what the adapters that are on make of it, leaf by leaf; returns what stood there.
 
     path -> {parameter name: value, in host memory}. When something fails, the base is as it was.
     """
     changed = {path: _changed(site.active) for path, site in host.sites.items()}
     for path, names in changed.items():
-        for name in names:
-            _check_unshared(model, path, name)
+        _check_mergeable(host.leaves[path], path, names, host.sites[path].active)
     before: dict[str, dict[str, Tensor]] = {}
+    untied = Untied()
+    together = _written_once(model, host, changed)
     try:
+        untie(model, host, [place for place in _places(changed) if place not in together], untied)
         for path, names in changed.items():
-            if names:
+            mine = [name for name in names if together.get((path, name), True)]
+            if mine:
                 leaf = host.leaves[path]
-                values = {name: _merged_value(leaf, host.sites[path].active, name) for name in names}
-                before[path] = {name: leaf._parameters[name].detach().to("cpu", copy=True) for name in names}  # type: ignore[union-attr]
+                values = {name: _merged_value(leaf, host.sites[path].active, name) for name in mine}
+                before[path] = {name: leaf._parameters[name].detach().to("cpu", copy=True) for name in mine}  # type: ignore[union-attr]
                 _write(leaf, values)
     except BaseException:
         for path, values in before.items():
             _write(host.leaves[path], values)
+        tie_again(host, untied)
         raise
-    return before
+    return before, untied
+
+
+def _places(changed: Mapping[str, list[str]]) -> list[tuple[str, str]]:
+    return [(path, name) for path, names in changed.items() for name in names]
+
+
+def _written_once(model: nn.Module, host: Host, changed: Mapping[str, list[str]]) -> dict[tuple[str, str], bool]:
+    """The places of shared parameters that stay shared, since every adapter that is on is tied there as they are.
+
+    place -> whether its leaf is the one that writes the new value.
+    """
+    found: dict[tuple[str, str], bool] = {}
+    drafts = [host.records[name].draft for name, _ in host.state.selection]
+    for draft in drafts:
+        for head, home in draft.tied.items():
+            others = [other for other in drafts if other.tied.get(head) != home and {head, home} & set(other.paths())]
+            if host.leaves[head]._parameters["weight"] is host.leaves[home]._parameters["weight"] and not others:
+                found[home, "weight"], found[head, "weight"] = True, False
+    return {place: first for place, first in found.items() if place[1] in changed.get(place[0], ())}
 
 
 def _changed(active: tuple[Slot, ...]) -> list[str]:
     """The names of a leaf's parameters that its active adapters change."""
-    names = {name for slot in active for name in slot.replaced}
-    return sorted(names | {"weight"} if any(slot.low is not None for slot in active) else names)
+    names = {name for slot in active for name in (*slot.replaced, *slot.raw)}
+    lows = [slot.low for slot in active if slot.low is not None]
+    if lows or any(slot.rows is not None for slot in active):
+        names.add("weight")
+    if any(low.bias is not None for low in lows):
+        names.add("bias")
+    return sorted(names)
+
+
+def _check_mergeable(leaf: nn.Module, path: str, names: list[str], active: tuple[Slot, ...]) -> None:
+    for name in names:
+        parameter = leaf._parameters.get(name)
+        if parameter is None and name == "bias" and all(name not in slot.replaced for slot in active):
+            raise AdapterError(
+                f"{path} has no bias, so the bias of its adapter (lora_bias) has nothing to be merged into. Use it unmerged."
+            )
+        if parameter is not None and not is_dense(parameter):
+            raise AdapterError(
+                f"{path}.{name} is quantised ({type(parameter).__name__}, {parameter.dtype}): merging would round the update "
+                "to the quantised values. Load the base unquantised, load the adapter there, and merge that."
+            )
 
 
 def _merged_value(leaf: nn.Module, active: tuple[Slot, ...], name: str) -> Tensor:
+    """A parameter as the active adapters make it, in float32 where something is added."""
     replaced = any(name in slot.replaced for slot in active)
     value: Tensor = getattr(leaf, name) if replaced else leaf._parameters[name]  # type: ignore[assignment]
-    return _add_updates(leaf, active, value) if name == "weight" else value.detach()
-
-
-def _add_updates(leaf: nn.Module, active: tuple[Slot, ...], weight: Tensor) -> Tensor:
+    raws = [slot.raw[name] for slot in active if name in slot.raw]
+    if raws:
+        dtype = wide(value.dtype)
+        total = value.detach().to(dtype, copy=True)
+        for low in raws:
+            total += raw_delta(leaf, leaf._lk_site, name, low, dtype).detach()  # type: ignore[arg-type]
+        return total
     kind = low_rank_kind(type(leaf))
-    dtype = wide(weight.dtype)
-    total = weight.detach().to(dtype, copy=True)
-    for slot in active:
-        if slot.low is not None and kind is not None:
-            A, Bt = getattr(leaf, slot.low.a).detach(), getattr(leaf, slot.low.b).detach()
-            total += kind.weight_delta(A, Bt, slot.low.scale, dtype)
-    return total
-
-
-def _check_unshared(model: nn.Module, path: str, name: str) -> None:
-    others = shared_with(model, path, name)
-    if others:
-        raise AdapterError(
-            f"{path}.{name} is shared with {', '.join(others)} (tied weights): merging would change both. Untie them first, "
-            f"by giving {path} a copy of its own: module.{name} = torch.nn.Parameter(module.{name}.clone())."
-        )
+    if name == "weight" and kind is not None:
+        return kind.merged_weight(leaf, active, value)
+    if name == "bias" and kind is not None:
+        return kind.merged_bias(leaf, active, value)
+    return value.detach()
 
 
 @torch.no_grad()

@@ -1,21 +1,41 @@
 """What every adaptation method is to the rest of lorakit: a configuration that drafts tensors for a model."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.delta import join_fixed, spread_parts
+
+LEARNT = ("A", "Bt", "magnitude", "bias")  # the fields of a Pair that are trained
+HELD = (*LEARNT, "fixed_a", "fixed_bt")  # all that hold a tensor
+
 
 @dataclass
 class Pair:
-    """A low-rank pair at one leaf: A (r, in) and Bt (r, out), or At (vocab, r) and Bt (r, dim) for an embedding."""
+    """A low-rank pair at one leaf (or raw parameter), and what the variants of LoRA put beside it.
+
+    A, Bt: (r, in) and (r, out); an embedding (vocab, r) and (r, dim); a convolution (r, in / groups, *kernel) and
+    (r / groups, out); a stack of E experts (E r, in), expert-major, and (r E, out), expert-minor.
+    """
 
     A: Tensor
     Bt: Tensor
     scale: float
     dropout: float = 0.0
+    magnitude: Tensor | None = None
+    """DoRA's length of each of the weight's outputs, (out,)."""
+    bias: Tensor | None = None
+    """A bias of B, (out,): `scale * (B A x + bias)`."""
+    fixed_a: Tensor | None = None
+    """A pair that is subtracted and never trained: an initialisation that takes its start out of the base (PiSSA)."""
+    fixed_bt: Tensor | None = None
+    """Its other half."""
+    parts: tuple[bool, ...] | None = None
+    """Which equal parts of a fused projection's output are adapted; A is then (n r, in) and Bt (r, n out / parts)."""
     _factors: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def factor(self, strength: float) -> Tensor:
@@ -24,16 +44,76 @@ class Pair:
             self._factors[strength] = torch.tensor(self.scale * strength, dtype=torch.float64, device="cpu")
         return self._factors[strength]
 
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """(field, tensor) of every tensor of the pair."""
+        for name in HELD:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                yield name, tensor
+
+    def learnt(self) -> list[Tensor]:
+        """The tensors that are trained (and saved)."""
+        return [tensor for name, tensor in self.held() if name in LEARNT]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, Bt) of the ordinary pair that computes the same, of rank n r for n parts and 2 r beside a fixed pair."""
+        return effective(self.A, self.Bt, self.parts, self.fixed_a, self.fixed_bt)
+
+
+def effective(
+    A: Tensor, Bt: Tensor, parts: tuple[bool, ...] | None, fixed_a: Tensor | None, fixed_bt: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See Pair.factors."""
+    if parts is not None:
+        Bt = spread_parts(Bt, parts)
+    if fixed_a is not None and fixed_bt is not None:
+        A, Bt = join_fixed(A, Bt, fixed_a, fixed_bt)
+    return A, Bt
+
+
+@dataclass
+class TokenRows:
+    """Rows of an embedding that are trained in full. indices: (n,) of whole numbers, ascending; rows: (n, dim)."""
+
+    indices: Tensor
+    rows: Tensor
+
 
 @dataclass
 class Draft:
     """What a method adds to a model; nothing of the model has been changed yet.
 
     pairs: leaf path -> low-rank pair. replaced: module path -> {parameter name: the adapter's own tensor}.
+    raw: module path -> {parameter name: pair} for parameters that their module reads itself (experts, attention).
+    tokens: embedding path -> rows trained in full.
+    tied: path of a head -> path of the embedding whose pair (or rows) it takes too, their weight being one.
     """
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     replaced: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    raw: dict[str, dict[str, Pair]] = field(default_factory=dict)
+    tokens: dict[str, TokenRows] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+
+    def all_pairs(self) -> Iterator[tuple[str, Pair]]:
+        """(path, pair) of every low-rank pair; a raw parameter's path ends in its name."""
+        yield from self.pairs.items()
+        for path, group in self.raw.items():
+            for name, pair in group.items():
+                yield f"{path}.{name}", pair
+
+    def low_rank(self) -> list[Tensor]:
+        """The trained tensors of all pairs."""
+        return [tensor for _, pair in self.all_pairs() for tensor in pair.learnt()]
+
+    def tensors(self) -> list[Tensor]:
+        """Every trained tensor, in the model's order."""
+        own = [tensor for group in self.replaced.values() for tensor in group.values()]
+        return self.low_rank() + own + [rows.rows for rows in self.tokens.values()]
+
+    def paths(self) -> dict[str, None]:
+        """The modules that the draft touches, each once."""
+        return dict.fromkeys([*self.pairs, *self.raw, *self.tokens, *self.tied, *self.replaced])
 
 
 class Method(ABC):
@@ -48,3 +128,7 @@ class Method(ABC):
         dtype: of the new tensors; None = that of the weight they stand beside. generator: a CPU generator for the
         initial values; None = torch's global one. Raises TargetError where the model has no place for the method.
         """
+
+    def learning_rates(self, model: nn.Module, draft: Draft) -> Mapping[int, float]:
+        """id of a trained tensor -> the factor on the learning rate that the method gives it; 1 where it stands not."""
+        return {}

@@ -14,7 +14,7 @@ from torch import nn
 
 from lorakit.attach.adapted import plain
 from lorakit.attach.anatomy import is_within, output_head
-from lorakit.attach.kinds import KINDS, NEVER_CALLED, LinearKind, low_rank_kind, qualified
+from lorakit.attach.kinds import KINDS, NEVER_CALLED, LinearKind, is_attention, low_rank_kind, qualified
 from lorakit.errors import TargetError
 
 ALL_LINEAR = "all-linear"
@@ -68,31 +68,69 @@ def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
 
 def find_targets(model: nn.Module, selection: Selection) -> list[str]:
     """The paths of the leaves to adapt, in the model's order. Raises TargetError where nothing, or the wrong thing, matches."""
-    head = output_head(model) if selection.target == ALL_LINEAR else None
-    found = [path for path, module in model.named_modules() if path and _wanted(selection, head, path, module)]
+    wanted = _Wanted(model, selection)
+    found = {path: module for path, module in model.named_modules() if path and wanted(path, module)}
     if not found:
         raise TargetError(_nothing_matched(model, selection))
-    for path in found:
-        _check_supported(path, model.get_submodule(path))
-    return found
+    for path, module in found.items():
+        _check_supported(path, module)
+    return list(found)
 
 
-def _wanted(selection: Selection, head: str | None, path: str, module: nn.Module) -> bool:
-    if any(is_within(path, kept) for kept in selection.kept_whole):
-        return False
-    if selection.exclude is not None and matches(selection.exclude, path):
-        return False
-    if selection.target == ALL_LINEAR:
-        if not isinstance(low_rank_kind(plain(type(module))), LinearKind) or (head and is_within(path, head)):
+class _Wanted:
+    """Whether a selection means a module; what is the same for all modules is worked out once."""
+
+    def __init__(self, model: nn.Module, selection: Selection) -> None:
+        self.selection = selection
+        self.all_linear = selection.target == ALL_LINEAR
+        self.head = output_head(model) if self.all_linear else None
+        self.listed = frozenset(() if isinstance(selection.target, str) else selection.target)
+        self.endings = tuple(f".{name}" for name in self.listed)
+        self.linear: dict[type, bool] = {}
+
+    def __call__(self, path: str, module: nn.Module) -> bool:
+        selection = self.selection
+        if self.all_linear:
+            if not self._is_linear(type(module)) or (self.head and is_within(path, self.head)):
+                return False
+        elif self.listed:
+            if path not in self.listed and not path.endswith(self.endings):
+                return False
+        elif not matches(selection.target, path):
             return False
-    elif not matches(selection.target, path):
-        return False
-    whole = not isinstance(selection.target, str) and path in selection.target  # a whole path names its own layer
-    return selection.layers is None or whole or layer_number(path, selection.layers_pattern) in selection.layers
+        if any(is_within(path, kept) for kept in selection.kept_whole):
+            return False
+        if selection.exclude is not None and matches(selection.exclude, path):
+            return False
+        if selection.layers is None or path in self.listed:  # a whole path names its own layer
+            return True
+        return layer_number(path, selection.layers_pattern) in selection.layers
+
+    def _is_linear(self, cls: type) -> bool:
+        if cls not in self.linear:
+            self.linear[cls] = isinstance(low_rank_kind(plain(cls)), LinearKind)
+        return self.linear[cls]
+
+
+def find_parameters(model: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
+    """(module path, parameter name) of the parameters whose full names end in one of `names`, for target_parameters."""
+    if not names:
+        return []
+    owners = [(full, *full.rpartition(".")[::2]) for full, _ in model.named_parameters(remove_duplicate=False)]
+    found = [(path, name) for full, path, name in owners if matches(list(names), full) and not name.startswith("lora_")]
+    missed = [one for one in names if not any(matches([one], full) for full, _, _ in owners)]
+    if missed:
+        ends = sorted({".".join(full.split(".")[-2:]) for full, _, _ in owners})
+        near = difflib.get_close_matches(missed[0], ends, n=3)
+        hint = f" Did you mean {', '.join(near)}?" if near else f" It has {', '.join(ends[:20])}."
+        raise TargetError(f"target_parameters names {missed[0]!r}, which {type(model).__name__} does not have.{hint}")
+    return found
 
 
 def _check_supported(path: str, module: nn.Module) -> None:
     cls = plain(type(module))
+    if is_attention(cls):
+        return
     if low_rank_kind(cls) is not None and module._parameters.get("weight") is None:
         raise TargetError(
             f"{path} ({cls.__name__}) has no weight parameter of its own (a parametrization or weight norm makes it from "
@@ -127,8 +165,10 @@ def _nothing_matched(model: nn.Module, selection: Selection) -> str:
     return message + f" Layers of this model that can be adapted: {', '.join(names) or 'none'}."
 
 
-def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """The paths of the modules that `names` name, for modules_to_save. A name that matches nothing is an error."""
+def find_modules(model: nn.Module, names: Sequence[str], key: str = "modules_to_save") -> list[str]:
+    """The paths of the modules that `names` name. key: whose names they are. A name that matches nothing is an error."""
+    if not names:
+        return []
     paths = [path for path, _ in model.named_modules() if path]
     found = []
     for name in names:
@@ -136,7 +176,7 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
         if not matched:
             children = ", ".join(child for child, _ in model.named_children())
             raise TargetError(
-                f"modules_to_save names {name!r}, which {type(model).__name__} does not have. Its parts are: {children}."
+                f"{key} names {name!r}, which {type(model).__name__} does not have. Its parts are: {children}."
             )
         found += [path for path in matched if path not in found]
     return found

@@ -1,31 +1,46 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1): `W + (alpha / r) B A` with W frozen, A random and B zero.
 
-use_rslora scales by `alpha / sqrt(r)` instead (Kalajdzievski 2023, arXiv 2312.03732).
+The published changes to it have files of their own beside this one (see lorakit.methods.variant).
 """
 
 import math
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.attach.adapted import plain
 from lorakit.attach.anatomy import is_adapters, is_within, named_parameter_owners
-from lorakit.attach.kinds import LeafKind, low_rank_kind
-from lorakit.attach.method import Draft, Method, Pair
-from lorakit.attach.targets import ALL_LINEAR, Selection, find_modules, find_targets, pattern_value
+from lorakit.attach.kinds import EmbeddingKind, LeafKind, is_attention, low_rank_kind
+from lorakit.attach.method import Draft, Method
+from lorakit.attach.quantized import is_quantized
+from lorakit.attach.targets import (
+    ALL_LINEAR,
+    Selection,
+    find_modules,
+    find_parameters,
+    find_targets,
+    matches,
+    pattern_value,
+)
 from lorakit.errors import TargetError, UsageError
+from lorakit.methods.dora import DoRA
+from lorakit.methods.lora_plus import LoRAPlus
+from lorakit.methods.pissa import from_base
+from lorakit.methods.rslora import RsLoRA
+from lorakit.methods.start import Starter, add_token_rows, tie
+from lorakit.methods.variant import Variant
 
+STARTS = ("kaiming", "gaussian")
 BIASES = ("none", "all", "lora_only")
-INITS = ("kaiming", "gaussian")
+INITS = ("kaiming", "gaussian", "pissa", "pissa_niter_[number]", "olora")
 
 
 @dataclass(frozen=True)
 class LoRA(Method):
-    """Low-rank adaptation of linear layers (nn.Linear, Hugging Face's Conv1D) and embeddings.
+    """Low-rank adaptation of linear layers (nn.Linear, Hugging Face's Conv1D), convolutions, embeddings, raw parameters.
 
     The fields follow PEFT's LoraConfig, its matching rules included (lorakit.attach.targets).
     """
@@ -57,7 +72,23 @@ class LoRA(Method):
     modules_to_save: Sequence[str] | None = None
     """Modules trained in full and kept with the adapter (a classification head)."""
     init: str = "kaiming"
-    """How A starts: "kaiming" (uniform, a = sqrt(5), as loralib and PEFT) or "gaussian" (standard deviation 1 / r)."""
+    """How A starts: "kaiming" (uniform, a = sqrt(5), as loralib and PEFT) or "gaussian" (standard deviation 1 / r), B being
+    zero; or from the weight itself: "pissa", "pissa_niter_16" (its fast form) or "olora"."""
+    use_dora: bool = False
+    """Train the length of each output's weights beside their direction (lorakit.methods.dora)."""
+    lora_bias: bool = False
+    """Give B a bias."""
+    lr_ratio: float = 1.0
+    """LoRA+: B's learning rate over A's, 16 in the paper (lorakit.methods.lora_plus)."""
+    enable_lora: Mapping[str, Sequence[bool]] = field(default_factory=dict)
+    """Fused projections, by name or regular expression of a path's end: which of their equal parts are adapted, each with a
+    pair of its own. {"c_attn": [True, False, True]} is GPT-2's query and value (loralib's MergedLinear)."""
+    target_parameters: Sequence[str] | None = None
+    """Raw parameters (experts' weights) by the ends of their names, of two or three dimensions."""
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    """Rows of the input embeddings that are trained in full, for new tokens; or {name of an embedding: rows}."""
+    ensure_weight_tying: bool = False
+    """Where an adapted embedding shares its weight with the head, adapt both with the one pair."""
 
     def __post_init__(self) -> None:
         _check_rank("r", self.r)
@@ -70,8 +101,10 @@ class LoRA(Method):
             raise UsageError(f"dropout must be a probability in [0, 1), not {self.dropout!r}.")
         if self.bias not in BIASES:
             raise UsageError(f"bias must be one of {', '.join(BIASES)}, not {self.bias!r}.")
-        if self.init not in INITS:
+        if self.init not in STARTS and from_base(self.init) is None:
             raise UsageError(f"init must be one of {', '.join(INITS)}, not {self.init!r}.")
+        if isinstance(self.lr_ratio, bool) or not isinstance(self.lr_ratio, int | float) or not self.lr_ratio > 0:
+            raise UsageError(f"lr_ratio must be above 0 (1 = none; the paper's is 16), not {self.lr_ratio!r}.")
         if (
             isinstance(self.target_modules, str)
             and self.target_modules != ALL_LINEAR
@@ -84,10 +117,21 @@ class LoRA(Method):
             raise UsageError("layers_pattern says where layers_to_transform finds its numbers: give both, or neither.")
         _check_names(self)
 
+    def variants(self) -> list[Variant]:
+        """The published changes to LoRA that this configuration asks for, in the order in which they act."""
+        start = from_base(self.init)
+        found: list[Variant] = [RsLoRA()] if self.use_rslora else []
+        found += [start] if start is not None else []
+        found += [DoRA()] if self.use_dora else []
+        return found + ([LoRAPlus(self.lr_ratio)] if self.lr_ratio != 1.0 else [])
+
     def scaling(self, path: str) -> float:
-        """The factor before B A at `path`: alpha / r, or alpha / sqrt(r) with use_rslora."""
+        """The factor before B A at `path`: alpha / r, or what a variant makes of it."""
         r, alpha = self.rank(path), pattern_value(self.alpha_pattern, path, self.alpha)
-        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        scaling = alpha / r
+        for variant in self.variants():
+            scaling = variant.scaling(alpha, r, scaling)
+        return scaling
 
     def rank(self, path: str) -> int:
         """The rank at `path`."""
@@ -95,6 +139,8 @@ class LoRA(Method):
 
     def targets(self, model: nn.Module) -> list[str]:
         """The paths of the layers of `model` that this configuration adapts. Raises TargetError where there are none."""
+        if not self.target_modules:
+            return []  # target_parameters or trainable_token_indices alone
         layers = self.layers_to_transform
         pattern = self.layers_pattern
         return find_targets(
@@ -109,39 +155,58 @@ class LoRA(Method):
         )
 
     def draft(self, model: nn.Module, *, dtype: torch.dtype | None, generator: torch.Generator | None) -> Draft:
-        draft, wide = Draft(), {}
+        draft = Draft()
         targets = self.targets(model)
+        modules = dict(model.named_modules())
+        starter = Starter(dtype, generator, self)
         for path in targets:
-            leaf = model.get_submodule(path)
-            kind = low_rank_kind(plain(type(leaf)))
-            if kind is None:
-                raise TargetError(f"{path} ({type(leaf).__name__}) takes no low-rank update.")
-            r, shape = self.rank(path), kind.shape(leaf)
-            if r > min(shape):
-                wide[path] = shape
-            draft.pairs[path] = self._pair(path, leaf, kind, dtype, generator)
+            leaf = modules[path]
+            if is_attention(plain(type(leaf))):
+                starter.attention(draft, path, leaf)
+            else:
+                draft.pairs[path] = starter.leaf(path, leaf)
+        for path, name in self.raw_targets(model):
+            draft.raw.setdefault(path, {})[name] = starter.raw(path, modules[path], name)
         for path, name in self._replaced(model, targets):
-            own = model.get_submodule(path)._parameters[name]
+            own = modules[path]._parameters[name]
+            if is_quantized(own):
+                raise TargetError(
+                    f"{path}.{name} is quantised and cannot be trained in full. Leave it out of modules_to_save, or load the "
+                    "base with that module unquantised."
+                )
             if own is not None:
                 draft.replaced.setdefault(path, {})[name] = own.detach().clone()
-        _warn_wide(wide)
+        add_token_rows(draft, model, self.trainable_token_indices, dtype)
+        if self.ensure_weight_tying:
+            tie(draft, model)
+        starter.warn()
         return draft
 
-    def _pair(
-        self, path: str, leaf: nn.Module, kind: LeafKind, dtype: torch.dtype | None, generator: torch.Generator | None
-    ) -> Pair:
-        weight = leaf._parameters["weight"]
-        if weight is None:
-            raise TargetError(f"{path} has no weight to adapt.")
-        like = dtype or (weight.dtype if weight.is_floating_point() else torch.float32)
-        r, (d_in, d_out) = self.rank(path), kind.shape(leaf)
-        if kind.zero == "A":  # an embedding, as loralib: At (vocab, r) zero, Bt (r, dim) from N(0, 1)
-            at = torch.zeros(d_in, r, dtype=like, device=weight.device)
-            return Pair(
-                at, _random((r, d_out), "normal", like, weight.device, generator), self.scaling(path), self.dropout
-            )
-        a = _random((r, d_in), self.init, like, weight.device, generator)
-        return Pair(a, torch.zeros(r, d_out, dtype=like, device=weight.device), self.scaling(path), self.dropout)
+    def raw_targets(self, model: nn.Module) -> list[tuple[str, str]]:
+        """(module path, parameter name) of the raw parameters that this configuration adapts."""
+        return find_parameters(model, self.target_parameters or ())
+
+    def token_indices(self, path: str) -> Sequence[int] | None:
+        """The rows of the embedding at `path` that are trained in full; None where there are none."""
+        asked = self.trainable_token_indices
+        if not isinstance(asked, Mapping):
+            return asked
+        return next((rows for name, rows in asked.items() if matches([name], path)), None)
+
+    def parts(self, path: str) -> tuple[bool, ...] | None:
+        """Which parts of the fused projection at `path` are adapted; None where it is adapted as a whole."""
+        parts = pattern_value(self.enable_lora, path, None)
+        return None if parts is None else tuple(parts)
+
+    def learning_rates(self, model: nn.Module, draft: Draft) -> Mapping[int, float]:
+        rates: dict[int, float] = {}
+        for variant in self.variants():
+            for path, pair in draft.all_pairs():
+                embedding = path in draft.pairs and isinstance(_kind(model, path), EmbeddingKind)
+                for key, factor in variant.learning_rates(pair, embedding).items():
+                    if getattr(pair, key) is not None:
+                        rates[id(getattr(pair, key))] = factor
+        return rates
 
     def _replaced(self, model: nn.Module, targets: Sequence[str]) -> list[tuple[str, str]]:
         """(module path, parameter name) of what is trained in full: heads, and biases."""
@@ -155,6 +220,10 @@ class LoRA(Method):
         return found + _shared_heads(model, kept, found)
 
 
+def _kind(model: nn.Module, path: str) -> LeafKind | None:
+    return low_rank_kind(plain(type(model.get_submodule(path))))
+
+
 def _shared_heads(model: nn.Module, kept: Sequence[str], found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Parameters of a kept module that stand under another module's name first (a head tied to the embeddings)."""
     extra = []
@@ -166,43 +235,20 @@ def _shared_heads(model: nn.Module, kept: Sequence[str], found: Sequence[tuple[s
     return extra
 
 
-def _random(
-    shape: tuple[int, int], how: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    """Initial values, drawn in float32 on the CPU so that a seed gives the same on every device and in every dtype."""
-    if device.type == "meta":
-        return torch.empty(shape, dtype=dtype, device=device)
-    values = torch.empty(shape, dtype=torch.float32, device="cpu")
-    if how == "kaiming":
-        nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-    else:
-        nn.init.normal_(values, std=1.0 / shape[0] if how == "gaussian" else 1.0, generator=generator)
-    return values.to(device=device, dtype=dtype)
-
-
 def _check_rank(name: str, rank: Any) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
         raise UsageError(f"{name} must be a whole number of at least 1, not {rank!r}.")
 
 
 def _check_names(method: LoRA) -> None:
-    if not method.target_modules:
+    elsewhere = method.target_parameters or method.trainable_token_indices
+    if not method.target_modules and not elsewhere:
         raise UsageError("target_modules is empty: name the layers to adapt, or 'all-linear'.")
-    if isinstance(method.modules_to_save, str):
-        raise UsageError(f"modules_to_save is a list of names: [{method.modules_to_save!r}].")
-    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+    for key in ("modules_to_save", "target_parameters"):
+        if isinstance(getattr(method, key), str):
+            raise UsageError(f"{key} is a list of names: [{getattr(method, key)!r}].")
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters"):
         value = getattr(method, key)
         listed = isinstance(value, Collection) and all(isinstance(name, str) for name in value)
         if value is not None and not listed:
             raise UsageError(f"{key} must be names of modules, not {value!r}.")
-
-
-def _warn_wide(wide: Mapping[str, tuple[int, int]]) -> None:
-    if wide:
-        path, shape = next(iter(wide.items()))
-        warnings.warn(
-            f"the rank is larger than the smaller side of {len(wide)} adapted matrices (first {path}: {shape[0]} x {shape[1]}): "
-            "the matrix itself bounds the update's rank, so a smaller r gives the same with fewer parameters.",
-            UserWarning,
-            stacklevel=5,
-        )

@@ -76,7 +76,7 @@ def _config(model: nn.Module, record: Record, method: LoRA) -> dict[str, Any]:
     paths = list(record.draft.pairs)
     targets = method.target_modules
     written = shortest_names(model, paths) if targets == ALL_LINEAR else targets
-    config = from_method(method, written if isinstance(written, str) else list(written), raw)
+    config = from_method(method, written if isinstance(written, str) else list(written), raw, record.draft.pairs)
     if config["base_model_name_or_path"] is None:
         config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if not raw:
@@ -109,7 +109,7 @@ def load(
 
 def _check_material(model: nn.Module, draft: Draft) -> None:
     """An adapter's tensors follow their leaf's device; on the meta device their values would be lost."""
-    for path in [*draft.pairs, *draft.replaced]:
+    for path in draft.paths():
         if any(own is not None and own.is_meta for own in model.get_submodule(path)._parameters.values()):
             raise UsageError(
                 f"{path} is on the meta device (not loaded yet, or off-loaded), where the adapter's values would be lost. "

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from lorakit.methods.lora import LoRA
 from lorakit.store.peft_folder import Parsed
 from lorakit.store.read import TENSORS, locate, read_folder
@@ -10,7 +12,8 @@ from lorakit.store.read import TENSORS, locate, read_folder
 
 @dataclass(frozen=True)
 class ModuleInfo:
-    """One adapted layer. norm: Frobenius norm of `scale * B A`, from the small factors (dW is never formed)."""
+    """One adapted layer. shape: (in, out), a convolution's in with its kernel; norm: Frobenius norm of `scale * B A`, from the
+    small factors (dW is never formed); dora: the file has the lengths of the weight's rows beside it."""
 
     path: str
     rank: int
@@ -18,6 +21,7 @@ class ModuleInfo:
     scaling: float
     dtype: str
     norm: float
+    dora: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,30 @@ def _text(value: object) -> str | None:
 def _modules(method: LoRA, parsed: Parsed) -> tuple[ModuleInfo, ...]:
     rows = []
     for path, halves in parsed.pairs.items():
-        a, b, scale = halves[0].double(), halves[1].double(), method.scaling(path)
-        # ||s B A||_F^2 = s^2 tr((A A^T)(B^T B)): two small Gram matrices
-        norm = abs(scale) * float(((a @ a.t()) * (b.t() @ b)).sum().clamp(min=0).sqrt())
+        a, b, scale = halves[0], halves[1], method.scaling(path)
+        inner, outer = (a.shape[1:].numel(), b.shape[0])
         rows.append(
             ModuleInfo(
-                path, a.shape[0], (a.shape[1], b.shape[0]), scale, str(halves[0].dtype).removeprefix("torch."), norm
+                path,
+                a.shape[0],
+                (inner, outer),
+                scale,
+                str(a.dtype).removeprefix("torch."),
+                abs(scale) * _norm(a.double().flatten(1), b.double().flatten(1), method.rank(path)),
+                path in parsed.magnitudes,
             )
         )
     return tuple(rows)
+
+
+def _norm(a: Tensor, b: Tensor, r: int) -> float:
+    """The Frobenius norm of B A. a: (rank, in * kernel); b: (out, rank / groups); or of a stack of experts, r each."""
+    if a.shape[0] == b.shape[1] and a.shape[0] > r and a.shape[0] % r == 0:
+        experts = a.shape[0] // r
+        blocks = [(a[e * r : (e + 1) * r], b[:, e::experts]) for e in range(experts)]
+    else:
+        groups = a.shape[0] // b.shape[1]
+        blocks = list(zip(a.chunk(groups), b.chunk(groups), strict=True))
+    # ||B A||_F^2 = tr((A A^T)(B^T B)): two small Gram matrices
+    squares = [((one @ one.t()) * (two.t() @ two)).sum().clamp(min=0) for one, two in blocks]
+    return float(sum(squares, start=a.new_zeros(())).sqrt())

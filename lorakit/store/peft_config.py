@@ -1,11 +1,14 @@
 """PEFT's adapter_config.json: to a lorakit.LoRA and back, refusing what cannot be carried over."""
 
 import json
+import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorakit.attach.method import Pair
 from lorakit.methods.lora import LoRA
 from lorakit.store.peft_values import to_method
 
@@ -23,11 +26,11 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 # Keys that may stand in a file with their default only: each changes what the adapter computes.
 UNSUPPORTED = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
-    "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora",
+    "use_qalora", "velora_config",
 )  # fmt: skip
-# Initialisations that also changed the base: the adapter is right on that changed base alone.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Initialisations that also changed the base, in a way that the base alone does not tell: they drew at random, or saw data.
+CHANGES_BASE = ("pissa_niter", "corda", "loftq", "lora_ga", "mica")
 
 
 # Keys whose lists are sets: PEFT writes them in any order.
@@ -78,11 +81,13 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def from_method(method: LoRA, targets: str | list[str], raw: Mapping[str, Any]) -> dict[str, Any]:
+def from_method(
+    method: LoRA, targets: str | list[str], raw: Mapping[str, Any], pairs: Mapping[str, Pair]
+) -> dict[str, Any]:
     """A PEFT configuration.
 
     targets: as to be written ("all-linear" resolved). raw: the adapter's own file where it was loaded from one, {} where
-    it was not; it says the same as `method`, in its own words, and those are kept.
+    it was not; it says the same as `method`, in its own words, and those are kept. pairs: of the draft that is written.
     """
     said = {
         "r": method.r,
@@ -91,16 +96,51 @@ def from_method(method: LoRA, targets: str | list[str], raw: Mapping[str, Any]) 
         "lora_dropout": method.dropout,
         "bias": method.bias,
         "use_rslora": method.use_rslora,
+        "use_dora": method.use_dora,
+        "lora_bias": method.lora_bias,
         "rank_pattern": dict(method.rank_pattern),
         "alpha_pattern": dict(method.alpha_pattern),
         "exclude_modules": _plain(method.exclude_modules),
         "layers_to_transform": _plain(method.layers_to_transform),
         "layers_pattern": _plain(method.layers_pattern),
         "modules_to_save": _plain(method.modules_to_save),
+        "target_parameters": _plain(method.target_parameters),
+        "trainable_token_indices": _plain(method.trainable_token_indices),
+        "ensure_weight_tying": method.ensure_weight_tying,
         "init_lora_weights": "gaussian" if method.init == "gaussian" else True,
     }
-    return {**DEFAULTS, **(raw or said), "peft_type": "LORA", "inference_mode": True}
+    config = {**DEFAULTS, **(raw or said), "peft_type": "LORA", "inference_mode": True}
+    return _widened(config, method, pairs)
+
+
+def _widened(config: dict[str, Any], method: LoRA, pairs: Mapping[str, Pair]) -> dict[str, Any]:
+    """The configuration of the ordinary pairs that are written for pairs with fixed ones, or on parts of a projection.
+
+    Their ranks are multiples of what the method says, and alpha follows, so that the scaling stays.
+    """
+    times = {path: pair.factors()[0].shape[0] // pair.A.shape[0] * _parts(pair) for path, pair in pairs.items()}
+    if set(times.values()) <= {1}:
+        return config
+    wide = {path: (method.rank(path) * k, _alpha(method, path, k)) for path, k in times.items()}
+    (rank, alpha), *others = sorted(set(wide.values()))
+    config |= {"r": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True}
+    if others:
+        config["rank_pattern"] = {f"^{re.escape(path)}": r for path, (r, _) in wide.items()}
+        config["alpha_pattern"] = {f"^{re.escape(path)}": alpha for path, (_, alpha) in wide.items()}
+    return config
+
+
+def _parts(pair: Pair) -> int:
+    return 1 if pair.parts is None else sum(pair.parts)
+
+
+def _alpha(method: LoRA, path: str, times: int) -> float:
+    """The alpha that gives rank(path) * times the scaling that the method has at rank(path)."""
+    scaling, r = method.scaling(path), method.rank(path) * times
+    return scaling * math.sqrt(r) if method.use_rslora else scaling * r
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: list(one) for key, one in value.items()}
     return value if value is None or isinstance(value, str | int) else list(value)

@@ -40,6 +40,11 @@ def _numbers(value: Any) -> bool:
     return _whole(value) or (isinstance(value, list) and all(map(_whole, value)))
 
 
+def _rows(value: Any) -> bool:
+    groups = list(value.values()) if isinstance(value, dict) else [value]
+    return all(isinstance(group, list) and all(map(_whole, group)) for group in groups)
+
+
 class Rule(NamedTuple):
     """How a key of PEFT's becomes a field of LoRA. LoRA checks the value itself; this only what its type must be."""
 
@@ -62,6 +67,11 @@ RULES = {
     "layers_to_transform": Rule("layers_to_transform", _numbers, "a whole number or a list of them"),
     "layers_pattern": Rule("layers_pattern", _names, "a name or a list of names", patterns=True),
     "modules_to_save": Rule("modules_to_save", _texts, "a list of names"),
+    "use_dora": Rule("use_dora", _flag, "true or false"),
+    "lora_bias": Rule("lora_bias", _flag, "true or false"),
+    "target_parameters": Rule("target_parameters", _texts, "a list of names"),
+    "trainable_token_indices": Rule("trainable_token_indices", _rows, "a list of whole numbers, or an object of lists"),
+    "ensure_weight_tying": Rule("ensure_weight_tying", _flag, "true or false"),
 }
 EMPTY_IS_NULL = (
     "exclude_modules",
@@ -70,6 +80,8 @@ EMPTY_IS_NULL = (
     "modules_to_save",
     "rank_pattern",
     "alpha_pattern",
+    "target_parameters",
+    "trainable_token_indices",
 )
 
 
@@ -84,15 +96,21 @@ def to_method(config: Mapping[str, Any]) -> tuple[LoRA | None, list[str]]:
         value = config[key]
         if key in EMPTY_IS_NULL and value in (None, "", [], {}):
             continue
-        wrong = _wrong(key, rule, value)
+        wrong = _wrong(key, rule, value, bool(config["target_parameters"] or config["trainable_token_indices"]))
         faults += wrong
         fields[rule.field] = value
-    if config.get("init_lora_weights") == "gaussian":
-        fields["init"] = "gaussian"
+    if config.get("init_lora_weights") in ("gaussian", "pissa", "olora"):
+        fields["init"] = config["init_lora_weights"]
+    if not fields.get("target_modules", True) and (
+        fields.get("target_parameters") or fields.get("trainable_token_indices")
+    ):
+        fields["target_modules"] = []
     return (None, faults) if faults else _built(fields)
 
 
-def _wrong(key: str, rule: Rule, value: Any) -> list[str]:
+def _wrong(key: str, rule: Rule, value: Any, elsewhere: bool) -> list[str]:
+    if key == "target_modules" and not value and elsewhere:
+        return []
     if value is None and key == "target_modules":
         return ["target_modules is missing: it says which layers the adapter belongs to"]
     if not rule.fits(value):

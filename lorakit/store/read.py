@@ -19,7 +19,7 @@ from lorakit.methods.lora import LoRA
 from lorakit.store.header import read_tensors
 from lorakit.store.identity import content_hash, fingerprint, same_base, short
 from lorakit.store.peft_config import CONFIG, read_config
-from lorakit.store.peft_folder import Parsed, parse, to_draft
+from lorakit.store.peft_folder import BIAS, MAGNITUDE, Parsed, parse, to_draft
 
 TENSORS = "adapter_model.safetensors"
 EXTRA = "lorakit.json"
@@ -95,14 +95,29 @@ def _rank_faults(found: AdapterFile) -> list[str]:
     """Ranks that differ from the configuration's: known without a model."""
     if found.method is None:
         return []
-    ranks = {path: (halves[0].shape[0], found.method.rank(path)) for path, halves in _matrices(found.parsed)}
-    return [
-        f"{path}: rank {came} in the file, {said} by {CONFIG}" for path, (came, said) in ranks.items() if came != said
-    ]
+    several = bool(found.method.target_parameters)  # a stack of experts has the rank once for each
+    faults = []
+    for path, halves in found.parsed.pairs.items():
+        if 0 not in halves or halves[0].dim() < 2:
+            continue
+        came, said = halves[0].shape[0], found.method.rank(path)
+        if came != said and not (several and came % said == 0):
+            faults.append(f"{path}: rank {came} in the file, {said} by {CONFIG}")
+    return faults + _beside_faults(found.parsed, found.method)
 
 
-def _matrices(parsed: Parsed) -> Iterable[tuple[str, dict[int, Tensor]]]:
-    return ((path, halves) for path, halves in parsed.pairs.items() if 0 in halves and halves[0].dim() == 2)
+def _beside_faults(parsed: Parsed, method: LoRA) -> list[str]:
+    """Magnitudes and biases that the configuration promises and the file lacks, or the other way round."""
+    faults = []
+    for key, promised, name, group in (
+        ("use_dora", method.use_dora, MAGNITUDE, parsed.magnitudes),
+        ("lora_bias", method.lora_bias, BIAS, parsed.biases),
+    ):
+        if promised:
+            faults += [f"{path}.{name}: missing, but {CONFIG} says {key}" for path in parsed.pairs if path not in group]
+        else:
+            faults += [f"{path}.{name}: in the file, but {CONFIG} does not say {key}" for path in group]
+    return faults
 
 
 def _value_faults(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -151,7 +166,7 @@ def fit(found: AdapterFile, model: nn.Module, *, check_base: bool) -> tuple[LoRA
 def _on_model(found: AdapterFile, method: LoRA, model: nn.Module) -> tuple[LoRA, Draft, list[str]]:
     modules = dict(model.named_modules())
     method = _for_model(method, found.parsed, modules)
-    draft, faults = to_draft(found.parsed, method, modules)
+    draft, faults = to_draft(found.parsed, method, model)
     try:
         targets = method.targets(model)
     except TargetError as error:
@@ -162,6 +177,7 @@ def _on_model(found: AdapterFile, method: LoRA, model: nn.Module) -> tuple[LoRA,
         for path in targets
         if path not in found.parsed.pairs
     ]
+    faults += _missing_rows(found, method)
     faults += [f"{path}: in the file, but not named by target_modules" for path in draft.pairs if path not in named]
     faults += [
         f"{name}: trained in full according to {CONFIG}, but the file has no tensor for it"
@@ -169,6 +185,22 @@ def _on_model(found: AdapterFile, method: LoRA, model: nn.Module) -> tuple[LoRA,
         if name not in found.parsed.plain and not _under_another_name(name, found.parsed, model)
     ]
     return method, draft, faults
+
+
+def _missing_rows(found: AdapterFile, method: LoRA) -> list[str]:
+    asked = method.trainable_token_indices
+    names = (
+        list(asked)
+        if isinstance(asked, Mapping)
+        else []
+        if found.parsed.tokens or asked is None
+        else ["the input embeddings"]
+    )
+    return [
+        f"{name}: rows are trained in full according to {CONFIG} (trainable_token_indices), but the file has none"
+        for name in names
+        if not any(matches([str(name)], path) for path in found.parsed.tokens)
+    ]
 
 
 def _for_model(method: LoRA, parsed: Parsed, modules: Mapping[str, nn.Module]) -> LoRA:

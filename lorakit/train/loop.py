@@ -50,7 +50,8 @@ class Hooks:
 class Trainer:
     """One training run: model, trainable parameters, optimizer, state.
 
-    parameters: what is trained (lorakit.parameters(model, name)). However the run ends, the model is left in evaluation
+    parameters: what is trained (lorakit.parameters(model, name)); rates: id of a parameter -> factor on its learning rate
+    (see Method.learning_rates). However the run ends, the model is left in evaluation
     mode and its forward as it was; where it ends by itself, with the best (or last) adapter in place.
     """
 
@@ -62,6 +63,7 @@ class Trainer:
         objective: Objective,
         config: TrainConfig,
         hooks: Hooks | None = None,
+        rates: Mapping[int, float] | None = None,
     ) -> None:
         if not parameters:
             raise UsageError("nothing to train: the adapter has no trainable parameters.")
@@ -69,8 +71,9 @@ class Trainer:
         self.config, self.batches, self.objective, self.hooks = config, batches, objective, hooks or Hooks()
         self.parameters = list(parameters)
         _checkpointing(model, config.gradient_checkpointing)
+        groups = _groups(self.parameters, rates or {})
         optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+            groups, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
         self._forward = model.__dict__.get("forward")  # None but for models with hooks of accelerate
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -139,7 +142,7 @@ class Trainer:
         begin, state = time.perf_counter(), self.state
         rate = self.config.lr * factor(self.config, state.step, self.total)
         for settings in self.optimizer.param_groups:
-            settings["lr"] = rate
+            settings["lr"] = rate * settings["ratio"]
         loss, norm = self._backward(group, rate), self._clip(rate)
         self.good = snapshot(self.parameters)
         self.optimizer.step()
@@ -150,7 +153,8 @@ class Trainer:
         state.examples += sum(next(iter(batch.values())).shape[0] for batch in group)
         state.seconds += seconds
         if state.step % self.config.log_every == 0 or state.step == self.total:
-            self._log({"loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_second": tokens / seconds})
+            speed = {"tokens_per_second": tokens / seconds} if tokens else {}  # batches of images have none
+            self._log({"loss": loss, "lr": rate, "grad_norm": norm, **speed})
 
     def _log(self, measured: Row) -> None:
         state = self.state
@@ -214,6 +218,15 @@ class Trainer:
 
     good: list[Tensor]  # the newest values whose loss was a number
     best: list[Tensor] | None  # the best values on the eval set; None where keep is "last"
+
+
+def _groups(parameters: Sequence[nn.Parameter], rates: Mapping[int, float]) -> list[dict[str, object]]:
+    """The optimizer's groups: parameters of one learning rate together. ratio: the group's rate over the run's."""
+    ratios = [rates.get(id(parameter), 1.0) for parameter in parameters]
+    return [
+        {"params": [one for one, own in zip(parameters, ratios, strict=True) if own == ratio], "ratio": ratio}
+        for ratio in dict.fromkeys(ratios)
+    ]
 
 
 def total_steps(config: TrainConfig, batches: int) -> int:

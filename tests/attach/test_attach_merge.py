@@ -172,19 +172,46 @@ def test_without_keep_a_plain_model_is_left():
         lk.unmerge(model)
 
 
-@pytest.mark.parametrize(
-    ("kind", "fields"), [("gpt2", {"target_modules": ["wte"]}), ("gpt2", {"modules_to_save": ["lm_head"]})]
-)
-def test_tied_weights_are_refused_and_nothing_changes(kind, fields):
+TIED = [
+    ("gpt2", {"target_modules": ["wte"]}),
+    ("gpt2", {"modules_to_save": ["lm_head"]}),
+    ("gpt2", {"target_modules": ["wte", "lm_head"]}),
+    ("gpt2", {"target_modules": ["wte"], "ensure_weight_tying": True}),
+    ("gpt2", {"trainable_token_indices": [0, 7, 95]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), TIED)
+def test_merging_one_of_two_tied_weights_leaves_the_other_alone_and_unmerge_ties_them_again(kind, fields):
+    model = tiny.MODELS[kind]()
+    base = adapting.snapshot(model)
+    lk.attach(model, lk.LoRA(r=4, **fields), name="a")
+    adapting.grow(model, "a")
+    inputs = tiny.batch(model)
+    expected = adapting.logits(model, inputs)
+    for _ in range(3):
+        lk.merge(model, "a")
+        torch.testing.assert_close(adapting.logits(model, inputs), expected, atol=1e-5, rtol=1e-5)
+        lk.unmerge(model)
+    lk.use(model, None)
+    lk.detach(model, "a")
+    adapting.assert_same(base, adapting.snapshot(model))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(("kind", "fields"), TIED)
+def test_a_final_merge_of_a_tied_weight_is_saved_and_loaded_with_both(kind, fields, tmp_path):
     model = tiny.MODELS[kind]()
     lk.attach(model, lk.LoRA(r=4, **fields), name="a")
     adapting.grow(model, "a")
-    lk.use(model, None)
-    before = adapting.snapshot(model)
-    with pytest.raises(AdapterError, match="tied weights"):
-        lk.merge(model, "a")
-    adapting.assert_same(before, adapting.snapshot(model))
-    assert not lk.adapters(model)["a"].active
+    inputs = tiny.batch(model)
+    expected = adapting.logits(model, inputs)
+    lk.merge(model, "a", keep=False)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(adapting.logits(again, inputs), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_cast_while_merged_is_refused_at_unmerge():

@@ -93,12 +93,12 @@ def test_a_config_that_is_no_text(folder):
         ({"layers_to_transform": [0.5]}, "layers_to_transform must be"),
         ({"layers_to_transform": [0, 1], "layers_pattern": 3}, "layers_pattern must be"),
         ({"modules_to_save": "lm_head"}, "modules_to_save must be a list"),
-        ({"use_dora": True}, "use_dora = True is not supported"),
-        ({"lora_bias": True}, "lora_bias = True is not supported"),
+        ({"use_dora": True}, "lora_magnitude_vector: missing"),
+        ({"lora_bias": True}, "lora_B.bias: missing"),
         ({"target_parameters": ["x"]}, "target_parameters"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"init_lora_weights": "pissa"}, "changed the base"),
+        ({"init_lora_weights": "loftq"}, "changed the base"),
         ({"init_lora_weights": "pissa_niter_4"}, "changed the base"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
@@ -109,14 +109,14 @@ def test_a_value_that_makes_no_sense(folder, change, fault):
 
 
 def test_all_faults_of_a_config_and_of_the_tensors_are_told_together(folder):
-    edit_json(folder / CONFIG, r="8", bias="some", use_dora=True, lora_dropout=2, rank_pattern={"(": 1})
+    edit_json(folder / CONFIG, r="8", bias="some", use_qalora=True, lora_dropout=2, rank_pattern={"(": 1})
     (folder / TENSORS).write_bytes(b"")
     (folder / EXTRA).write_text("{")
     refused(
         folder,
         "r must be",
         "bias must be one of",
-        "use_dora",
+        "use_qalora",
         "dropout must be",
         "no regular expression",
         "too few",

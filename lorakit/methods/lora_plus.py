@@ -1,0 +1,18 @@
+"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 4): B learns faster than A, by a ratio of about 16."""
+
+from typing import ClassVar
+
+from lorakit.attach.method import Pair
+from lorakit.methods.variant import Variant
+
+
+class LoRAPlus(Variant):
+    """ratio: B's learning rate over A's. An embedding's factor that starts at zero, At, is the one that learns faster."""
+
+    paper: ClassVar[str] = "Hayou et al. 2024, arXiv 2402.12354"
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+
+    def learning_rates(self, pair: Pair, embedding: bool) -> dict[str, float]:
+        return {"A" if embedding else "Bt": self.ratio, "bias": self.ratio}
