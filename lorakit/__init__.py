@@ -23,6 +23,7 @@ _HOME = {
     "load": "lorakit.store.api",
     "verify": "lorakit.store.verify",
     "inspect": "lorakit.store.inspect",
+    "convert": "lorakit.store.convert",
     "train": "lorakit.run.train",
     "LorakitError": "lorakit.errors",
 }
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from lorakit.methods.lora import LoRA
     from lorakit.run.train import train
     from lorakit.store.api import load, save
+    from lorakit.store.convert import convert
     from lorakit.store.inspect import inspect
     from lorakit.store.verify import verify
 

@@ -60,6 +60,55 @@ def deberta(**changes: Any) -> nn.Module:
     return _built(DebertaV2ForSequenceClassification, DebertaV2Config(**(_encoder() | relative | changes)))
 
 
+def deberta_v1(**changes: Any) -> nn.Module:
+    """DeBERTa (v1), query, key and value in one matrix, with relative attention and a head of three classes."""
+    from transformers import DebertaConfig, DebertaForSequenceClassification
+
+    relative = {
+        "relative_attention": True,
+        "max_relative_positions": 16,
+        "pos_att_type": ["c2p", "p2c"],
+        "type_vocab_size": 0,
+        "position_biased_input": False,
+    }
+    return _built(DebertaForSequenceClassification, DebertaConfig(**(_encoder() | relative | changes)))
+
+
+def opt(**changes: Any) -> nn.Module:
+    """OPT, GPT-3's shape with query, key and value apart, with a language-model head."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return _built(OPTForCausalLM, OPTConfig(**(values | changes)))
+
+
+def vit(**changes: Any) -> nn.Module:
+    """ViT on images of 16 x 16 in four patches, with a head of three classes; its input is pixel_values, not `batch`."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    values: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 8,
+        "num_labels": LABELS,
+    }
+    return _built(ViTForImageClassification, ViTConfig(**(values | changes)))
+
+
 def llama(**changes: Any) -> nn.Module:
     """Llama with grouped-query attention and an untied language-model head."""
     from transformers import LlamaConfig, LlamaForCausalLM

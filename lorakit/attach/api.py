@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lorakit.attach.anatomy import parameters_of
 from lorakit.attach.host import KEY, Host, Record, State, check_names, check_not_merged, find_host, host_of
 from lorakit.attach.method import LEARNT, Draft, Method
 from lorakit.attach.quantized import dense_shape
@@ -95,8 +96,10 @@ def add(model: nn.Module, record: Record) -> AttachReport:
     """Add a drafted (or loaded) adapter to the model and switch it on."""
     host = find_host(model)
     check_can_add(host, record.name)
+    own = {f"{path}.{key}" if path else key: parameter for path, key, parameter in parameters_of(model)}
     if host is None:
-        host = Host(model)
+        host = Host({full: parameter.requires_grad for full, parameter in own.items()})
+    base = [own[full] for full in host.flags if full in own]
     with host.lock:
         set_trainable(record.draft, record.trainable)
         before = host.state
@@ -108,12 +111,12 @@ def add(model: nn.Module, record: Record) -> AttachReport:
             _forget(model, host, record.name, before)
             raise
         model.__dict__[KEY] = host
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name in host.flags:
-                parameter.requires_grad_(False)
-        counts = count_parameters(model)
-        modules = tuple(path for path in host.leaves if path in record.paths())
-        return AttachReport(record.name, modules, _size(record.tensors()) if record.trainable else 0, counts.total)
+        for parameter in base:
+            parameter.requires_grad_(False)
+        paths, size = record.paths(), _size(record.tensors())
+        modules = tuple(path for path in host.leaves if path in paths)
+        total = sum(dense_shape(parameter).numel() for parameter in base) + size
+        return AttachReport(record.name, modules, size if record.trainable else 0, total)
 
 
 def _forget(model: nn.Module, host: Host, name: str, before: State) -> None:
@@ -157,8 +160,8 @@ def detach(model: nn.Module, name: str) -> None:
             host.dress(model)
             return
         del model.__dict__[KEY]
-        for parameter_name, parameter in model.named_parameters():
-            parameter.requires_grad_(host.flags.get(parameter_name, parameter.requires_grad))
+        for path, key, parameter in parameters_of(model):
+            parameter.requires_grad_(host.flags.get(f"{path}.{key}" if path else key, parameter.requires_grad))
 
 
 def _without(state: State, gone: Collection[str]) -> State:

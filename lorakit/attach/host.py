@@ -81,7 +81,8 @@ class Merged:
 class Host:
     """See the module's docstring. Every method expects the caller to hold `lock`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, flags: Mapping[str, bool]) -> None:
+        """flags: whether each parameter of the base wanted gradients, by name."""
         self.leaves: dict[str, nn.Module] = {}
         self.sites: dict[str, Site] = {}
         self.records: dict[str, Record] = {}
@@ -89,7 +90,7 @@ class Host:
         self.merged: Merged | None = None
         self.epoch = 0
         self.lock = threading.RLock()
-        self.flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.flags = dict(flags)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "lock"}

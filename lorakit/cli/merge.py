@@ -19,7 +19,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Example: lorakit merge runs/sql --out sql-merged"""
-    result = export_merged(open_subject(source, model=model, dtype=dtype), out, overwrite=overwrite)
+    result = export_merged(open_subject(source, model=model, dtype=dtype, dense=True), out, overwrite=overwrite)
     if as_json:
         print_json(
             {"folder": result.folder, "max_logit_difference": result.max_logit_difference, "bytes": result.bytes}

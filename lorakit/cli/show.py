@@ -113,8 +113,8 @@ class Terminal(Listener):
             measured = ", ".join(f"{name} {value:.4g}" for name, value in evaluated.items())
             self.note(f"step {row['step']:,.0f}, on the eval set: {measured}")
         else:
-            speed = f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s"
-            self._update(int(row["step"]), total_steps, speed)
+            speed = f"  {row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else ""
+            self._update(int(row["step"]), total_steps, f"loss {row['loss']:.3f}{speed}")
 
     def _update(self, done: int, total: int, text: str) -> None:
         if self._progress is None:

@@ -6,6 +6,7 @@ from lorakit.data.encode import IGNORE, Encoded, encode, encode_all, prompt_ids,
 from lorakit.data.examples import (
     ChatExample,
     Dataset,
+    ImageExample,
     LabelExample,
     Message,
     PromptExample,
@@ -14,6 +15,7 @@ from lorakit.data.examples import (
     sample,
 )
 from lorakit.data.formats import FORMATS
+from lorakit.data.image_classes import collate_images, load_class_folders
 from lorakit.data.load import load_examples
 from lorakit.data.read import read_rows
 from lorakit.data.summary import DataSummary, describe
@@ -29,15 +31,18 @@ __all__ = [
     "DataSummary",
     "Dataset",
     "Encoded",
+    "ImageExample",
     "LabelExample",
     "Message",
     "PromptExample",
     "collate",
+    "collate_images",
     "describe",
     "encode",
     "encode_all",
     "encode_chat",
     "group_references",
+    "load_class_folders",
     "load_examples",
     "prompt_ids",
     "prompt_text",

@@ -36,7 +36,7 @@ class DataConfig:
     test: str | None = None
     """The same, for the figures at the end."""
     format: str = "auto"
-    """auto, prompt-completion, messages, alpaca, text-label, e2e, glue, glue:<task> or prompts (see formats.py)."""
+    """auto, prompt-completion, messages, alpaca, text-label, e2e, glue, glue:<task>, prompts or imagefolder (formats.py)."""
     max_length: int | None = None
     """The most tokens of a row; None is what the model takes."""
     truncate: bool = False

@@ -1,4 +1,4 @@
-"""What one row means, whatever file it stood in: a prompt with its completion, a chat, or a text with its label."""
+"""What one row means, whatever file it stood in: a prompt with its completion, a chat, a text or an image with its label."""
 
 import random
 from collections.abc import Sequence
@@ -47,7 +47,25 @@ class LabelExample:
     line: int
 
 
-Example = PromptExample | ChatExample | LabelExample
+@dataclass(frozen=True, slots=True)
+class ImageExample:
+    """The file of an image with a class id, or None where read without. `line` counts the images from 1."""
+
+    path: str
+    label: int | None
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedImage:
+    """The file of an image with what is to be seen on it. `line` counts the images from 1."""
+
+    path: str
+    text: str
+    line: int
+
+
+Example = PromptExample | ChatExample | LabelExample | ImageExample | CaptionedImage
 AnyExample = TypeVar("AnyExample", bound=Example)
 
 

@@ -7,6 +7,7 @@ text-label          {"text": .., "label": ..}, pairs as {"sentence1": .., "sente
 e2e                 lines `mr||reference`, or columns mr and ref
 glue:<task>         the TSV files of GLUE (glue.py); `glue` alone tells the task from the file
 prompts             prompts to answer, without completions: one a line of a .txt file, or {"prompt": ..}
+imagefolder         a folder of images with a subfolder a class (image_classes.py)
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from lorakit.data.labels import UNLABELLED, LabelRow
 from lorakit.data.read import TEXT_LINE, Row
 from lorakit.errors import DataError, UsageError
 
-FORMATS = ("prompt-completion", "messages", "alpaca", "text-label", "e2e", "prompts")
+FORMATS = ("prompt-completion", "messages", "alpaca", "text-label", "e2e", "prompts", "imagefolder")
 
 E2E_MARK = "||"
 E2E_SEPARATOR = "\n"

@@ -10,6 +10,7 @@ from lorakit.data.faults import Faults
 from lorakit.data.formats import E2E_MARK, FORMATS, ParsedRow, Parsing, canonical_format, detect_format, parser_for
 from lorakit.data.glue import GLUE_TASKS, GlueTask, detect_glue, glue_task
 from lorakit.data.hub import class_names
+from lorakit.data.image_classes import IMAGE_FOLDER, is_class_folder, load_class_folders
 from lorakit.data.labels import LabelRow, LabelScheme, find_scheme, label_examples
 from lorakit.data.read import TEXT_LINE, Row, first_line
 from lorakit.data.source import Source, open_source
@@ -41,6 +42,8 @@ def load_examples(
     Raises DataError for an empty source, an unknown format and bad rows (up to five in one message); UsageError.
     """
     wanted = canonical_format(format)
+    if wanted == IMAGE_FOLDER or (wanted == "auto" and is_class_folder(source)):
+        return load_class_folders(source, split=split, label_names=label_names, limit=limit, seed=seed)
     opened = open_source(source, split)
     task = _glue_task(wanted, opened)
     columns = _task_columns(columns or Columns(), task, opened)

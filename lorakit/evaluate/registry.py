@@ -78,7 +78,7 @@ def default_metrics(
     """
     if dataset_format.startswith("glue:") and (known := _GLUE.get(dataset_format.removeprefix("glue:"))):
         return known
-    if task == "sequence-classification":
+    if task in ("sequence-classification", "image-classification"):
         if regression:
             return ("pearson", "spearman")
         return ("accuracy", "f1" if num_labels == 2 else "f1_macro")

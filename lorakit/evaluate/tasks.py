@@ -4,10 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorakit.data import ChatExample, Dataset, LabelExample, PromptExample, group_references, prompt_text, references_of
+from lorakit.data import (
+    ChatExample,
+    Dataset,
+    ImageExample,
+    LabelExample,
+    PromptExample,
+    group_references,
+    prompt_text,
+    references_of,
+)
 from lorakit.errors import DataError
 from lorakit.evaluate.registry import check_metrics, default_metrics, score
-from lorakit.generate import GenerateConfig, classify, generate
+from lorakit.generate import GenerateConfig, classify, classify_images, generate
 
 Progress = Callable[[int, int], None]
 
@@ -69,10 +78,11 @@ def evaluate_classification(
     truncate: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Classify every example (or predict its number) and hold it against its label.
+    """Classify every text or image (or predict a text's number) and hold it against its label.
 
-    metrics: None takes `default_metrics`. max_length, truncate: as in `classify`. progress: called with (rows done,
-    rows in all). Raises UsageError for metrics of another kind, DataError for a row without label or no rows.
+    tokenizer: for images the model's image processor. metrics: None takes `default_metrics`. max_length, truncate: of
+    texts, as in `classify`. progress: called with (rows done, rows in all). Raises UsageError for metrics of another kind,
+    DataError for a row without label or no rows.
     """
     examples = _labelled(dataset)
     kind = "number" if dataset.regression else "label"
@@ -83,29 +93,35 @@ def evaluate_classification(
         )
     check_metrics(metrics, kind)
     _check_heads(model, dataset)
-    found = classify(
-        model,
-        tokenizer,
-        examples,
-        batch_size=batch_size,
-        max_length=max_length,
-        truncate=truncate,
-        progress=progress,
-    )
+    texts = [example for example in examples if isinstance(example, LabelExample)]
+    images = [example for example in examples if isinstance(example, ImageExample)]
+    if texts:
+        limits: dict[str, Any] = {"max_length": max_length, "truncate": truncate}
+        found = classify(model, tokenizer, texts, batch_size=batch_size, progress=progress, **limits)
+    else:
+        found = classify_images(model, tokenizer, images, batch_size=batch_size, progress=progress)
     values = [prediction.scores[0] if dataset.regression else prediction.label for prediction in found]
     labels = [example.label for example in examples]
     rows = [
-        {"text": example.text, "pair": example.pair, "prediction": value, "label": example.label}
+        {**_input_of(example), "prediction": value, "label": example.label}
         for example, value in zip(examples, values, strict=True)
     ]
     return Evaluation(score(metrics, values, labels), values, rows)
 
 
-def _labelled(dataset: Dataset) -> list[LabelExample]:
-    examples = [example for example in dataset.examples if isinstance(example, LabelExample)]
-    if not examples or len(examples) != len(dataset):
+def _input_of(example: LabelExample | ImageExample) -> dict[str, Any]:
+    if isinstance(example, ImageExample):
+        return {"image": example.path}
+    return {"text": example.text, "pair": example.pair}
+
+
+def _labelled(dataset: Dataset) -> list[LabelExample | ImageExample]:
+    """The examples, all of one kind. Raises DataError where one is no text or image with a label."""
+    examples = [example for example in dataset.examples if isinstance(example, LabelExample | ImageExample)]
+    if not examples or len(examples) != len(dataset) or len({type(example) for example in examples}) > 1:
         raise DataError(
-            f"expected texts with labels, came {dataset.format} ({len(dataset)} rows)", source=dataset.source
+            f"expected texts with labels, or images with classes, came {dataset.format} ({len(dataset)} rows)",
+            source=dataset.source,
         )
     for example in examples:
         if example.label is None:

@@ -1,10 +1,11 @@
-"""Texts -> classes or scores, with a classifier."""
+"""Texts -> classes or scores, images -> classes, with a classifier."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os import PathLike, fspath
 from typing import Any
 
-from lorakit.data import BatchOrder, LabelExample, collate, encode
+from lorakit.data import BatchOrder, ImageExample, LabelExample, collate, collate_images, encode
 from lorakit.errors import UsageError
 from lorakit.generate.modes import device_of, evaluating
 from lorakit.models import longest_row
@@ -51,6 +52,36 @@ def classify(
             if progress is not None:
                 progress(len(found), len(rows))
     return [found[row] for row in range(len(rows))]
+
+
+def classify_images(
+    model: Any,
+    processor: Any,
+    images: Sequence[str | PathLike[str] | ImageExample],
+    *,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Prediction]:
+    """A prediction for each image, given as its file or as an example (its label is not looked at), in their order.
+
+    model: an image classifier. processor: its image processor. progress: called with (images done, images in all).
+    Raises DataError that names a file which is no image or damaged. Modes are as before when it returns.
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, came {batch_size}.")
+    rows = [
+        ImageExample(image.path if isinstance(image, ImageExample) else fspath(image), None, index + 1)
+        for index, image in enumerate(images)
+    ]
+    found: list[Prediction] = []
+    with evaluating(model):
+        for begin in range(0, len(rows), batch_size):
+            pixels = collate_images(rows[begin : begin + batch_size], processor)["pixel_values"]
+            logits = model(pixel_values=pixels.to(device_of(model), model.dtype)).logits  # B, C
+            found += _predictions(logits.float())
+            if progress is not None:
+                progress(len(found), len(rows))
+    return found
 
 
 def _predictions(logits: Any) -> list[Prediction]:

@@ -21,13 +21,16 @@ class DoRA(Variant):
 
     paper: ClassVar[str] = "Liu et al. 2024, arXiv 2402.09353"
 
-    def start(self, path: str, leaf: nn.Module, kind: LeafKind, pair: Pair) -> Pair:
+    def check(self, path: str, leaf: nn.Module, kind: LeafKind, pair: Pair) -> None:
         weight = leaf._parameters["weight"]
         if weight is None or not is_dense(weight):
             raise UsageError(
-                f"{path} is quantised, and use_dora needs the lengths of its weight's rows. Leave use_dora out."
+                f"{path} is quantised, and DoRA needs the lengths of its weight's rows. Leave use_dora out, or load the base "
+                "unquantised."
             )
-        if weight.is_meta:
+
+    def start(self, path: str, leaf: nn.Module, kind: LeafKind, pair: Pair) -> Pair:
+        if pair.A.is_meta:
             pair.magnitude = torch.empty(kind.shape(leaf)[1], dtype=pair.A.dtype, device="meta")
             return pair
         A, Bt = (factor.float() for factor in pair.factors())

@@ -139,8 +139,11 @@ class LoRA(Method):
 
     def targets(self, model: nn.Module) -> list[str]:
         """The paths of the layers of `model` that this configuration adapts. Raises TargetError where there are none."""
+        return list(self._leaves(model))
+
+    def _leaves(self, model: nn.Module) -> dict[str, nn.Module]:
         if not self.target_modules:
-            return []  # target_parameters or trainable_token_indices alone
+            return {}  # target_parameters or trainable_token_indices alone
         layers = self.layers_to_transform
         pattern = self.layers_pattern
         return find_targets(
@@ -156,19 +159,17 @@ class LoRA(Method):
 
     def draft(self, model: nn.Module, *, dtype: torch.dtype | None, generator: torch.Generator | None) -> Draft:
         draft = Draft()
-        targets = self.targets(model)
-        modules = dict(model.named_modules())
+        leaves = self._leaves(model)
         starter = Starter(dtype, generator, self)
-        for path in targets:
-            leaf = modules[path]
+        for path, leaf in leaves.items():
             if is_attention(plain(type(leaf))):
                 starter.attention(draft, path, leaf)
             else:
                 draft.pairs[path] = starter.leaf(path, leaf)
         for path, name in self.raw_targets(model):
-            draft.raw.setdefault(path, {})[name] = starter.raw(path, modules[path], name)
-        for path, name in self._replaced(model, targets):
-            own = modules[path]._parameters[name]
+            draft.raw.setdefault(path, {})[name] = starter.raw(path, model.get_submodule(path), name)
+        for path, name in self._replaced(model, leaves):
+            own = model.get_submodule(path)._parameters[name]
             if is_quantized(own):
                 raise TargetError(
                     f"{path}.{name} is quantised and cannot be trained in full. Leave it out of modules_to_save, or load the "
@@ -208,10 +209,11 @@ class LoRA(Method):
                         rates[id(getattr(pair, key))] = factor
         return rates
 
-    def _replaced(self, model: nn.Module, targets: Sequence[str]) -> list[tuple[str, str]]:
+    def _replaced(self, model: nn.Module, adapted: Collection[str]) -> list[tuple[str, str]]:
         """(module path, parameter name) of what is trained in full: heads, and biases."""
+        if self.bias == "none" and not self.modules_to_save:
+            return []
         kept = find_modules(model, self.modules_to_save or ())
-        adapted = set(targets)
         found = []
         for path, name in named_parameter_owners(model):
             biased = name == "bias" and (self.bias == "all" or (self.bias == "lora_only" and path in adapted))

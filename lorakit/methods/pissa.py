@@ -28,14 +28,16 @@ NITER = re.compile(r"pissa_niter_(\d+)")
 class FromBase(Variant):
     """A start that is a rank-r part of the base's weight."""
 
-    def start(self, path: str, leaf: nn.Module, kind: LeafKind, pair: Pair) -> Pair:
+    def check(self, path: str, leaf: nn.Module, kind: LeafKind, pair: Pair) -> None:
         weight = leaf._parameters["weight"]
         if not isinstance(kind, LinearKind) or weight is None or not is_dense(weight) or pair.parts is not None:
             raise UsageError(
                 f"{path} ({type(leaf).__name__}) cannot start from its weight's own directions: that takes a whole, dense linear "
                 "layer. Leave it out with exclude_modules, or use init='kaiming'."
             )
-        if not weight.is_meta:
+
+    def start(self, path: str, leaf: nn.Module, kind: LeafKind, pair: Pair) -> Pair:
+        if not pair.A.is_meta:
             A, B = self.factors(dense_weight(leaf, kind), pair.A.shape[0], pair.scale)
             pair.A, pair.Bt = A.to(pair.A.dtype).contiguous(), B.t().to(pair.Bt.dtype).contiguous()
         pair.fixed_a, pair.fixed_bt = pair.A.clone(), pair.Bt.clone()

@@ -47,12 +47,17 @@ class Starter:
                 raise UsageError(f"{path} is an embedding, whose update has no bias: leave it out, or lora_bias.")
             pair.bias = pair.Bt.new_zeros(kind.shape(leaf)[1])
         for variant in self.variants:
+            variant.check(path, leaf, kind, pair)
             pair = variant.start(path, leaf, kind, pair)
         return pair
 
     def fix(self, path: str, leaf: nn.Module, kind: LeafKind, pair: Pair) -> None:
-        """Give a pair that was loaded, and that started as a part of the base (PiSSA), the fixed pair that goes with it."""
+        """Give a pair that was loaded, and that started as a part of the base (PiSSA), the fixed pair that goes with it.
+
+        Raises UsageError where the layer does not take the file's variant.
+        """
         for variant in self.variants:
+            variant.check(path, leaf, kind, pair)
             if isinstance(variant, FromBase):
                 fresh = Pair(pair.A, pair.Bt, pair.scale)
                 variant.start(path, leaf, kind, fresh)

@@ -23,8 +23,11 @@ class Variant(ABC):
         """The factor before B A. scaling: LoRA's own, alpha / r."""
         return scaling
 
+    def check(self, path: str, leaf: nn.Module, kind: LeafKind, pair: Pair) -> None:  # noqa: B027
+        """Raise UsageError where the layer does not take this variant, fresh or from a file."""
+
     def start(self, path: str, leaf: nn.Module, kind: LeafKind, pair: Pair) -> Pair:
-        """The pair with this variant's initial values. Raises UsageError where the layer does not take it."""
+        """The pair with this variant's initial values, where `check` has let the layer through."""
         return pair
 
     def learning_rates(self, pair: Pair, embedding: bool) -> dict[str, float]:

@@ -2,11 +2,14 @@
 
 from lorakit.models.cache import cache_folder
 from lorakit.models.limits import longest_row
-from lorakit.models.load import DTYPES, TASKS, Loaded, load, parse_dtype
+from lorakit.models.load import CLASSIFIERS, DTYPES, TASKS, Loaded, load, parse_dtype
 from lorakit.models.packaged import ModelInfo, fetch, list_models
+from lorakit.models.quantize import QUANTIZATIONS
 
 __all__ = [
+    "CLASSIFIERS",
     "DTYPES",
+    "QUANTIZATIONS",
     "TASKS",
     "Loaded",
     "ModelInfo",

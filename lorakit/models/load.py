@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lorakit.errors import ModelError, UsageError
+from lorakit.models.quantize import QuantizeReport, check_quantization, quantize_base
 from lorakit.models.quiet import quiet
 from lorakit.models.source import Source, resolve
 
@@ -14,8 +15,14 @@ TASKS = {
     "causal-lm": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
     "feature-extraction": "AutoModel",
 }
+CLASSIFIERS = {
+    "sequence-classification": "ForSequenceClassification",
+    "image-classification": "ForImageClassification",
+}
+"""The tasks whose model has a head for labels, and how transformers ends the names of such models."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -24,13 +31,14 @@ class Loaded:
     """A base model and what belongs to it."""
 
     model: Any  # a transformers PreTrainedModel, in eval mode, requires_grad as transformers sets it
-    tokenizer: Any  # its tokenizer, with a pad token
+    tokenizer: Any  # its tokenizer, with a pad token; for image-classification its image processor
     name: str  # as the user gave it
     source: str  # the folder or .gguf file it was read from, or the hub id
     task: str  # a key of TASKS
     initialised: tuple[
         str, ...
     ] = ()  # parameters that the files did not hold (a new head), drawn from torch's generator
+    quantized: QuantizeReport | None = None  # what of it was quantised, and the memory that this saved
 
 
 def load(
@@ -43,6 +51,7 @@ def load(
     regression: bool = False,
     device: str | None = None,
     revision: str | None = None,
+    quantize: str | None = None,
     progress: bool = False,
 ) -> Loaded:
     """Load a base model by packaged name, local folder, `.gguf` file or hub id (looked for in this order).
@@ -50,7 +59,9 @@ def load(
     task: a key of TASKS. dtype: of the weights; a file of another dtype is rounded once. num_labels, label_names: of a
     classifier, needed unless the files are a classifier already; regression: one number instead of labels.
     device: where to put it ("cuda", "cuda:1", ...); None leaves it on the CPU. revision: of a hub id.
-    progress: bars on standard error. A new head is drawn from torch's global generator: seed it before the call.
+    quantize: a key of lorakit.models.quantize.QUANTIZATIONS; every linear layer but the output head is then quantised, from
+    weights of `dtype`, in which they go on to compute. progress: bars on standard error.
+    A new head is drawn from torch's global generator: seed it before the call.
     Nothing in the model's repository is executed and no pickle is opened.
     Raises UsageError for a bad argument, ModelError for a model that cannot be found, fetched, read or trusted.
     """
@@ -59,18 +70,25 @@ def load(
         raise UsageError(f"task {task!r} is unknown; expected one of: {', '.join(TASKS)}.")
     kind, place = parse_dtype(dtype), _parse_device(device)
     labels = _label_config(task, num_labels, label_names, regression)
+    if quantize is not None:
+        check_quantization(quantize)  # before anything is fetched
     source = resolve(name, revision=revision, progress=progress)
     with quiet(progress=False):  # resolve() has fetched everything: transformers' own bars would tell nothing
-        config, tokenizer = _read_config(name, source), _read_tokenizer(name, source)
-        if task == "sequence-classification":
-            _set_labels(name, config, labels)
+        config = _read_config(name, source)
+        images = task == "image-classification"
+        tokenizer = _read_image_processor(name, source) if images else _read_tokenizer(name, source)
+        if task in CLASSIFIERS:
+            _set_labels(name, config, labels, task)
         model, initialised = _read_model(name, source, task, config, kind)
-    _agree(name, model, tokenizer, needs_padding=task != "feature-extraction")
-    model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = source.origin
+    if not images:
+        _agree(name, model, tokenizer, needs_padding=task != "feature-extraction")
+        tokenizer.name_or_path = source.origin
+    model.name_or_path = model.config.name_or_path = source.origin
     model.eval()
+    quantized = None if quantize is None else quantize_base(model, quantize, device=place)
     if place is not None:
         model.to(place)
-    return Loaded(model, tokenizer, name, source.origin, task, initialised)
+    return Loaded(model, tokenizer, name, source.origin, task, initialised, quantized)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -99,8 +117,14 @@ def _label_config(
     """The config keys of a classifier, or None where the caller leaves them to the files."""
     if num_labels is None and names is None and not regression:
         return None
-    if task != "sequence-classification":
-        raise UsageError(f"num_labels, label_names and regression belong to sequence-classification, not to {task}.")
+    if task not in CLASSIFIERS:
+        raise UsageError(
+            f"num_labels, label_names and regression belong to {' and '.join(CLASSIFIERS)}, not to {task}."
+        )
+    if regression and task != "sequence-classification":
+        raise UsageError(
+            f"regression belongs to sequence-classification, not to {task}: say num_labels or label_names."
+        )
     if regression:
         if num_labels not in (None, 1) or (names is not None and len(names) > 1):
             raise UsageError("regression predicts one number: leave num_labels and label_names out.")
@@ -119,10 +143,10 @@ def _label_config(
     }
 
 
-def _set_labels(name: str, config: Any, labels: dict[str, Any] | None) -> None:
+def _set_labels(name: str, config: Any, labels: dict[str, Any] | None, task: str) -> None:
     if labels is not None:
         config.update(labels)
-    elif not any(str(kind).endswith("ForSequenceClassification") for kind in config.architectures or []):
+    elif not any(str(kind).endswith(CLASSIFIERS[task]) for kind in config.architectures or []):
         raise UsageError(f"{name} is no classifier yet: say num_labels or label_names (or regression=True).")
 
 
@@ -144,10 +168,19 @@ def _read_tokenizer(name: str, source: Source) -> Any:
         raise _unreadable(name, "the tokenizer", error) from error
 
 
+def _read_image_processor(name: str, source: Source) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:  # PIL's, which every machine has: torchvision resizes a little differently
+        return AutoImageProcessor.from_pretrained(source.folder, backend="pil", trust_remote_code=False)
+    except Exception as error:
+        raise _unreadable(name, "its image processor", error) from error
+
+
 def _read_model(name: str, source: Source, task: str, config: Any, dtype: torch.dtype) -> tuple[Any, tuple[str, ...]]:
     import transformers
 
-    head = task == "sequence-classification"
+    head = task in CLASSIFIERS
     try:
         model, info = getattr(transformers, TASKS[task]).from_pretrained(
             source.folder,

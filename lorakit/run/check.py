@@ -2,16 +2,25 @@
 
 from collections.abc import Sequence
 
-from lorakit.data import Dataset, LabelExample
+from lorakit.data import ChatExample, Dataset, ImageExample, LabelExample, PromptExample
 from lorakit.errors import DataError, RecipeError
 from lorakit.evaluate import check_metrics
-from lorakit.run.recipe import CLASSIFICATION, Recipe
+from lorakit.run.diffusion.config import TEXT_TO_IMAGE, DiffusionConfig
+from lorakit.run.recipe import CLASSIFICATION, CLASSIFIERS, IMAGE_CLASSIFICATION, Recipe
+
+TASK_OF: dict[type, str] = {
+    PromptExample: "causal-lm",
+    ChatExample: "causal-lm",
+    LabelExample: CLASSIFICATION,
+    ImageExample: IMAGE_CLASSIFICATION,
+}
+"""The task that examples of each kind are for; seq2seq takes what causal-lm does, chats excepted."""
 
 
 def check_recipe(recipe: Recipe, *, own_loss: bool) -> None:
     """Raise RecipeError (UsageError for a metric's name) for settings that contradict each other or would do nothing."""
     data, train, metrics = recipe.data, recipe.train, recipe.evaluate.metrics
-    classifies = recipe.task == CLASSIFICATION
+    classifies = recipe.task in CLASSIFIERS
     if data.train is None:
         raise RecipeError("data.train is missing: a training set is needed.")
     if metrics is not None:
@@ -22,17 +31,23 @@ def check_recipe(recipe: Recipe, *, own_loss: bool) -> None:
         raise RecipeError("train.eval_every and train.best_metric need data.eval, which is missing.")
     if train.best_metric != "loss" and not classifies:
         raise RecipeError(f"train.best_metric: {recipe.task} is judged by its loss, not by {train.best_metric!r}.")
+    if recipe.task == IMAGE_CLASSIFICATION and (data.max_length is not None or data.truncate):
+        raise RecipeError("data.max_length and data.truncate are of texts; the model says how large its images are.")
+    if recipe.task != TEXT_TO_IMAGE and recipe.diffusion != DiffusionConfig():
+        raise RecipeError(
+            f"the section diffusion belongs to `task: {TEXT_TO_IMAGE}`, not to {recipe.task}. Leave it out."
+        )
     if own_loss and train.label_smoothing:
         raise RecipeError("train.label_smoothing belongs to the task's own loss, not to one of yours. Leave it out.")
 
 
 def check_fits(recipe: Recipe, dataset: Dataset) -> None:
     """Raise DataError where the data are of another task."""
-    classifies = recipe.task == CLASSIFICATION
-    if classifies != isinstance(dataset.examples[0], LabelExample):
+    fitting = TASK_OF[type(dataset.examples[0])]
+    if fitting != ("causal-lm" if recipe.task == "seq2seq" else recipe.task):
         raise DataError(
-            f"the task {recipe.task} does not go with {dataset.format} data. Set `task: "
-            f"{'causal-lm' if classifies else CLASSIFICATION}`, or name the data's format.",
+            f"the task {recipe.task} does not go with {dataset.format} data. Set `task: {fitting}`, or name the data's "
+            "format.",
             source=dataset.source,
         )
 

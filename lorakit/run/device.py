@@ -6,6 +6,8 @@ import sys
 import torch
 from torch import nn
 
+from lorakit.attach.quantized import stored_bytes
+
 
 def best_device() -> str | None:
     """The accelerator of this machine ("cuda", "mps"), as accelerate chooses it; None = the CPU."""
@@ -14,8 +16,8 @@ def best_device() -> str | None:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of the base's parameters, shared ones once."""
-    return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if ".lora_" not in f".{name}")
+    """Bytes of the base's parameters, shared ones once, quantised ones with their scales."""
+    return sum(stored_bytes(p) for name, p in model.named_parameters() if ".lora_" not in f".{name}")
 
 
 def peak_memory() -> int:

@@ -11,6 +11,7 @@ import torch
 from lorakit.attach.merge import merge
 from lorakit.errors import OutputError, UsageError
 from lorakit.models.quiet import quiet
+from lorakit.run.recipe import IMAGE_CLASSIFICATION
 from lorakit.run.subject import NAME, Subject
 
 
@@ -73,6 +74,12 @@ def _check_target(target: Path, subject: Subject, overwrite: bool) -> None:
 
 def _probe(subject: Subject) -> dict[str, Any]:
     """A short batch on which merged and unmerged logits are compared."""
+    if subject.task == IMAGE_CLASSIFICATION:
+        from PIL import Image
+
+        picture = Image.linear_gradient("L").convert("RGB")
+        pixels = subject.tokenizer(images=[picture], return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels.to(subject.model.device, subject.model.dtype)}
     encoded = subject.tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
     probe = {key: encoded[key] for key in ("input_ids", "attention_mask")}
     if subject.task == "seq2seq":

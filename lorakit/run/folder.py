@@ -12,7 +12,8 @@ from lorakit.errors import FileError, OutputError
 from lorakit.store.files import write_json, write_text
 from lorakit.train.state import FILE as STATE
 
-MARKS = ("recipe.yaml", "adapter", "metrics.jsonl", "checkpoints", "summary.json", "report.html")
+DIFFUSERS = "pytorch_lora_weights.safetensors"
+MARKS = ("recipe.yaml", "adapter", DIFFUSERS, "metrics.jsonl", "checkpoints", "summary.json", "report.html")
 
 
 class RunFolder:

@@ -14,7 +14,7 @@ from lorakit.evaluate import (
     write_predictions,
 )
 from lorakit.generate import GenerateConfig, generate
-from lorakit.run.recipe import CLASSIFICATION, Recipe, load_recipe
+from lorakit.run.recipe import CLASSIFIERS, Recipe, load_recipe
 from lorakit.run.subject import Subject
 
 Progress = Callable[[int, int], None]
@@ -42,11 +42,12 @@ def evaluate_subject(
     where there is an eval_limit.
     """
     data = data or DataConfig()
-    classifies = subject.task == CLASSIFICATION
+    classifies = subject.task in CLASSIFIERS
     dataset = load_examples(
         source,
         format=data.format,
-        split="test",
+        # The run's own eval set is measured where the run has no test set: the same split of it again.
+        split="eval" if source == data.eval and source != data.test else "test",
         columns=data.columns,
         label_names=subject.label_names,
         regression=(classifies and subject.model.config.num_labels == 1) or None,
@@ -84,7 +85,7 @@ def answer(
     progress: Progress | None = None,
 ) -> list[dict[str, str]]:
     """[{"prompt", "answer"}] for prompts given as a list, or as a file of them."""
-    if subject.task == CLASSIFICATION:
+    if subject.task in CLASSIFIERS:
         raise UsageError("a classification model writes no text: use lorakit evaluate.")
     if isinstance(prompts, str | Path):
         examples: Any = load_examples(str(prompts), format=format, split="test", targets=False, limit=limit).examples

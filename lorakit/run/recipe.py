@@ -18,11 +18,15 @@ from lorakit.data import DataConfig
 from lorakit.errors import RecipeError
 from lorakit.generate import GenerateConfig
 from lorakit.methods.lora import LoRA
+from lorakit.models.quantize import QUANTIZATIONS
+from lorakit.run.diffusion.config import ATTENTION, TEXT_TO_IMAGE, DiffusionConfig
 from lorakit.run.document import read_yaml
 from lorakit.train.config import TrainConfig
 
 CLASSIFICATION = "sequence-classification"
-TASKS = ("causal-lm", "seq2seq", CLASSIFICATION)
+IMAGE_CLASSIFICATION = "image-classification"
+CLASSIFIERS = (CLASSIFICATION, IMAGE_CLASSIFICATION)
+TASKS = ("causal-lm", "seq2seq", *CLASSIFIERS, TEXT_TO_IMAGE)
 METHODS: dict[str, type[Method]] = {"lora": LoRA}
 
 
@@ -34,6 +38,12 @@ class BaseConfig:
     """float32, bfloat16 or float16."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    quantize: str | None = None
+    """nf4 (QLoRA), fp4, int8 or int4: quantise every linear layer but the output head; None = leave the base as it is."""
+
+    def __post_init__(self) -> None:
+        if self.quantize is not None and self.quantize not in QUANTIZATIONS:
+            raise RecipeError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, not {self.quantize!r}.")
 
 
 @dataclass(frozen=True)
@@ -59,13 +69,17 @@ class Recipe:
     output: str = "runs/latest"
     """The run's folder."""
     task: str = "causal-lm"
-    """causal-lm, seq2seq or sequence-classification."""
+    """causal-lm, seq2seq, sequence-classification, image-classification or text-to-image."""
     method: Method = field(default_factory=LoRA)
     """`name: lora` and its fields."""
+    start_from: str | None = None
+    """A run's folder, an adapter's or a hub id whose low-rank part (not its head) this run's begins with; None = afresh."""
     base: BaseConfig = field(default_factory=BaseConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """Of text-to-image alone."""
 
 
 def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe", overrides: Sequence[str] = ()) -> Recipe:
@@ -78,6 +92,8 @@ def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe", overrides: Se
     document = _read(source) if isinstance(source, str | Path) else copy.deepcopy(dict(source))
     for override in overrides:
         _override(document, override)
+    if document.get("task") == TEXT_TO_IMAGE:
+        _aim_at_attention(document)
     faults: list[str] = []
     recipe = _build(Recipe, document, "", faults)
     if document.get("task", Recipe.task) not in TASKS:
@@ -88,6 +104,13 @@ def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe", overrides: Se
             f"{name} has {len(faults)} fault{'s' * (len(faults) > 1)}:\n" + "\n".join(f"  - {f}" for f in faults)
         )
     return typing.cast(Recipe, recipe)
+
+
+def _aim_at_attention(document: dict[str, Any]) -> None:
+    """A denoiser's adapter goes to its attention where the recipe names no targets, as everywhere in that trade."""
+    method = document.setdefault("method", {"name": LoRA.name})
+    if isinstance(method, Mapping) and method.get("name", LoRA.name) == LoRA.name and "target_modules" not in method:
+        document["method"] = {**method, "target_modules": list(ATTENTION)}
 
 
 def _read(source: str | Path) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from lorakit.data import Encoded
+from lorakit.data import Encoded, ImageExample
 from lorakit.errors import RecipeError, UsageError
 from lorakit.run.folder import RunFolder
 from lorakit.run.recipe import Recipe, load_recipe, to_mapping
@@ -49,9 +50,19 @@ def _flat(document: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
             yield f"{before}{key}", value
 
 
-def fingerprint(rows: Sequence[Encoded]) -> str:
-    """A hash of encoded rows: other data, another order, another tokenizer give another."""
+def fingerprint(rows: Sequence[Encoded | ImageExample]) -> str:
+    """A hash of encoded rows: other data, another order, another tokenizer give another.
+
+    Of images: their names, sizes in bytes and labels; reading them all would take as long as an epoch.
+    """
     whole = hashlib.sha256()
     for row in rows:
-        whole.update(json.dumps([row.input_ids, row.labels]).encode())
+        whole.update(json.dumps(_identity(row)).encode())
     return whole.hexdigest()
+
+
+def _identity(row: Encoded | ImageExample) -> list[Any]:
+    if isinstance(row, ImageExample):
+        path = Path(row.path)
+        return [path.parent.name, path.name, path.stat().st_size, row.label]
+    return [row.input_ids, row.labels]

@@ -10,7 +10,8 @@ from lorakit.attach.anatomy import HEAD_NAMES
 from lorakit.errors import UsageError
 from lorakit.models import load as load_model
 from lorakit.run.device import best_device
-from lorakit.run.recipe import CLASSIFICATION
+from lorakit.run.diffusion.config import TEXT_TO_IMAGE
+from lorakit.run.recipe import CLASSIFIERS
 from lorakit.store.api import load as load_adapter
 from lorakit.store.peft_config import CONFIG
 from lorakit.store.read import EXTRA, TENSORS, locate
@@ -21,7 +22,10 @@ PEFT_TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification", "S
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded model, with the adapter on where there is one. label_names: of a classification, in the head's order."""
+    """A loaded model, with the adapter on where there is one.
+
+    tokenizer: for images the model's image processor. label_names: of a classification, in the head's order.
+    """
 
     model: Any
     tokenizer: Any
@@ -46,13 +50,16 @@ def open_subject(
     *,
     model: str | None = None,
     task: str | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     trainable: bool = False,
+    dense: bool = False,
 ) -> Subject:
     """Load a base and an adapter.
 
     source: a run's folder, an adapter's folder or a hub id; None = the base alone. model: the base; None = what the adapter
-    names. task: None = what the adapter was trained for, else causal-lm. Raises UsageError, ModelError, FileError.
+    names. task: None = what the adapter was trained for, else causal-lm. A run on a quantised base (`base.quantize`) is opened
+    on the same, from weights of the same type; dense: leave it unquantised all the same, as merging needs it.
+    dtype: None = that, else float32. Raises UsageError, ModelError, FileError.
     """
     if source is None and model is None:
         raise UsageError("nothing to work on: name a run's folder, an adapter or a base model (--model).")
@@ -62,12 +69,18 @@ def open_subject(
     if base is None:
         raise UsageError(f"{source} does not say which base model it belongs to. Name it: --model.")
     chosen = task or notes.get("task") or (None if folder is None else _peft_task(folder)) or "causal-lm"
-    labels = notes.get("label_names")
-    outputs = _outputs(folder) if folder is not None and chosen == CLASSIFICATION and labels is None else None
+    if chosen == TEXT_TO_IMAGE:
+        raise UsageError(
+            f"{source or base} is of {TEXT_TO_IMAGE}: use it in a diffusers pipeline, by pipeline.load_lora_weights(run's "
+            "folder), or by lorakit.load(pipeline.unet, the run's adapter folder)."
+        )
+    labels, quantize = notes.get("label_names"), None if dense else notes.get("quantize")
+    outputs = _outputs(folder) if folder is not None and chosen in CLASSIFIERS and labels is None else None
     loaded = load_model(
         base,
         task=chosen,
-        dtype=dtype,
+        dtype=dtype or (notes.get("base_dtype") if quantize else None) or "float32",
+        quantize=quantize,
         label_names=labels,
         num_labels=outputs if outputs != 1 else None,
         regression=outputs == 1,
@@ -76,7 +89,7 @@ def open_subject(
     )
     if folder is not None:
         load_adapter(loaded.model, folder, NAME, trainable=trainable)
-    if chosen == CLASSIFICATION and labels is None:
+    if chosen in CLASSIFIERS and labels is None:
         labels = _own_labels(loaded.model.config)
     return Subject(loaded.model, loaded.tokenizer, base, chosen, labels, folder)
 

@@ -4,7 +4,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.anatomy import output_head
-from lorakit.attach.api import attach, count_parameters, parameters, use
-from lorakit.data import Dataset, Encoded, describe, encode_all, load_examples, prompt_text, references_of
+from lorakit.attach.api import attach, count_parameters, learning_rates, parameters, use
+from lorakit.data import Dataset, load_examples, prompt_text, references_of
 from lorakit.errors import DataError, OutputError, TrainingError
-from lorakit.evaluate import (
-    METRICS,
-    Evaluation,
-    default_metrics,
-    evaluate_classification,
-    evaluate_generation,
-)
+from lorakit.evaluate import METRICS, Evaluation, default_metrics, evaluate_classification, evaluate_generation
 from lorakit.generate import generate
 from lorakit.methods.lora import LoRA
 from lorakit.models import Loaded, load
-from lorakit.models.limits import longest_row
 from lorakit.report import Report, Sample, run_report, write_report
-from lorakit.run.batches import EncodedBatches
+from lorakit.run.batches import OrderedBatches, batches_of, encode_rows, longest, told
+from lorakit.run.begin import begin_from
 from lorakit.run.check import check_class_metrics, check_fits, check_recipe
 from lorakit.run.device import best_device, model_bytes, peak_memory
+from lorakit.run.diffusion.config import TEXT_TO_IMAGE
 from lorakit.run.folder import RunFolder, finite
 from lorakit.run.listen import Listener
-from lorakit.run.recipe import CLASSIFICATION, Recipe, load_recipe, to_yaml
+from lorakit.run.recipe import CLASSIFIERS, Recipe, load_recipe, to_yaml
+from lorakit.run.result import RunResult
 from lorakit.run.resume import check_same, fingerprint
 from lorakit.run.subject import NAME
 from lorakit.store.api import save
 from lorakit.store.files import write_text
+from lorakit.train.config import TrainConfig
 from lorakit.train.loop import Hooks, Trainer
-from lorakit.train.loss import custom_objective, mean_loss, objective_for
+from lorakit.train.loss import Objective, custom_objective, mean_loss, objective_for
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A finished (or interrupted) run. model, tokenizer: with the adapter on, ready to use."""
-
-    folder: Path
-    summary: dict[str, Any]
-    interrupted: bool
-    model: Any = field(repr=False)
-    tokenizer: Any = field(repr=False)
 
 
 def train(
@@ -70,10 +56,19 @@ def train(
     Ctrl-C ends the current step, saves, and returns with `interrupted` true. Raises LorakitError, with what was trained
     so far saved where there was anything.
     """
-    return _Run(load_recipe(recipe, overrides), loss, listener or Listener()).go(resume=resume, overwrite=overwrite)
+    resolved = load_recipe(recipe, overrides)
+    return _kind_of(resolved.task)(resolved, loss, listener or Listener()).go(resume=resume, overwrite=overwrite)
 
 
-class _Run:
+def _kind_of(task: str) -> "type[Run]":
+    if task != TEXT_TO_IMAGE:
+        return Run
+    from lorakit.run.diffusion.run import TextToImageRun  # it builds on Run
+
+    return TextToImageRun
+
+
+class Run:
     """One run from recipe to report; each method is one part of it."""
 
     def __init__(self, recipe: Recipe, loss: Loss | None, listener: Listener) -> None:
@@ -91,6 +86,8 @@ class _Run:
             self.folder.check_free(overwrite=overwrite)
         self.read_data()
         self.load_model()
+        if self.recipe.start_from is not None and not resume:  # a checkpoint holds what came of it
+            begin_from(self.model, self.recipe.start_from, NAME)
         self.encode()
         trainer = self.trainer()
         if resume:
@@ -129,7 +126,7 @@ class _Run:
 
     @property
     def classifies(self) -> bool:
-        return self.recipe.task == CLASSIFICATION
+        return self.recipe.task in CLASSIFIERS
 
     def read_data(self) -> None:
         self.listener.stage("reading data")
@@ -166,12 +163,18 @@ class _Run:
             task=self.recipe.task,
             dtype=self.recipe.base.dtype,
             revision=self.recipe.base.revision,
+            quantize=self.recipe.base.quantize,
             label_names=self.train_set.label_names if self.classifies else None,
             regression=self.classifies and self.train_set.regression,
             device=best_device(),
             progress=True,
         )
         self.model = self.loaded.model
+        if self.loaded.quantized is not None:
+            self.listener.note(str(self.loaded.quantized))
+        self.adapt()
+
+    def adapt(self) -> None:
         # Adapters are trained in float32 whatever the base is in: small steps vanish in half precision.
         report = attach(self.model, self.method(), name=NAME, dtype=torch.float32, seed=self.recipe.train.seed)
         self.listener.note(
@@ -193,48 +196,36 @@ class _Run:
         self.eval_rows = self._encode(self.eval_set) if self.eval_set is not None else None
         if self.classifies and self.test_set is not None:
             self._encode(self.test_set)  # a row that is too long is told now, not after training
-        settings = self.recipe.train
-        facts = describe(self.train_set, self.train_rows, batch_size=settings.batch_size, seed=settings.seed)
-        self.listener.note(f"{facts.rows:,} rows, {facts.tokens:,} tokens, {facts.loss_tokens:,} of them targets")
+        self.listener.note(told(self.recipe, self.train_set, self.train_rows))
 
-    def _encode(self, dataset: Dataset) -> list[Encoded]:
-        data = self.recipe.data
-        longest = data.max_length or longest_row(self.model, self.loaded.tokenizer)
-        return encode_all(
-            dataset,
-            self.loaded.tokenizer,
-            task=self.recipe.task,
-            max_length=longest,
-            truncate=data.truncate,
-            progress=self.listener.progress,
-        )
+    def _encode(self, dataset: Dataset) -> list[Any]:
+        return encode_rows(self.recipe, self.loaded, dataset, progress=self.listener.progress)
 
-    def batches(self, rows: Sequence[Encoded], batch_size: int) -> EncodedBatches:
-        return EncodedBatches(
-            rows,
-            task=self.recipe.task,
-            pad_id=self.loaded.tokenizer.pad_token_id,
-            batch_size=batch_size,
-            seed=self.recipe.train.seed,
-            group_by_length=self.recipe.train.group_by_length,
-        )
+    def batches(self, rows: Sequence[Any]) -> OrderedBatches:
+        return batches_of(self.recipe, self.loaded, rows)
+
+    @property
+    def settings(self) -> TrainConfig:
+        return self.recipe.train
+
+    def task_objective(self, label_smoothing: float = 0.0) -> Objective:
+        return objective_for(self.recipe.task, label_smoothing=label_smoothing)
 
     def trainer(self) -> Trainer:
-        settings = self.recipe.train
-        if self.loss is None:
-            self.objective = objective_for(self.recipe.task, label_smoothing=settings.label_smoothing)
-        else:
-            self.objective = custom_objective(self.loss)
+        settings = self.settings
+        own = None if self.loss is None else custom_objective(self.loss)
+        self.objective = own or self.task_objective(settings.label_smoothing)
         # The eval loss is the plain one: smoothing shapes training, it is not what is wanted.
-        self.measured = objective_for(self.recipe.task) if self.loss is None else self.objective
+        self.measured = own or self.task_objective()
         hooks = Hooks(
             row=self.add_row,
             evaluate=self.evaluate if self.eval_rows else None,
             higher_is_better=lambda name: name in METRICS and METRICS[name].higher_is_better,
             checkpoint=self.checkpoint,
         )
-        batches = self.batches(self.train_rows, settings.batch_size)
-        trainer = Trainer(self.model, parameters(self.model, NAME), batches, self.objective, settings, hooks)
+        batches = self.batches(self.train_rows)
+        trained, rates = parameters(self.model, NAME), learning_rates(self.model, NAME)
+        trainer = Trainer(self.model, trained, batches, self.objective, settings, hooks, rates)
         self.total_steps = trainer.total
         return trainer
 
@@ -243,13 +234,16 @@ class _Run:
         return {
             "before": finite(self.before),
             "answers_before": self.answers_before,
-            "data": fingerprint(self.train_rows),
+            "data": self.data_key(),
         }
+
+    def data_key(self) -> str:
+        return fingerprint(self.train_rows)
 
     def recall(self, trainer: Trainer) -> None:
         """Go on from the checkpoint."""
         start = self.folder.read_start()
-        if start.get("data") != fingerprint(self.train_rows):
+        if start.get("data") != self.data_key():
             raise DataError(
                 "these are not the rows that the run began with, so it cannot go on. Bring them back, or start anew "
                 "(--overwrite)",
@@ -272,7 +266,7 @@ class _Run:
 
     def evaluate(self) -> dict[str, float]:
         """The eval loss, and for classification its metrics: quick enough for every time."""
-        batches = self.batches(self.eval_rows or [], self.recipe.train.batch_size).evaluation()
+        batches = self.batches(self.eval_rows or []).evaluation()
         device = next(self.model.parameters()).device
         moved = ({key: value.to(device) for key, value in batch.items()} for batch in batches)
         metrics = {"loss": mean_loss(self.model, moved, self.measured)}
@@ -288,7 +282,7 @@ class _Run:
             self.loaded.tokenizer,
             dataset,
             self._metrics(dataset),
-            max_length=self.recipe.data.max_length or longest_row(self.model, self.loaded.tokenizer),
+            max_length=longest(self.recipe, self.loaded),
             truncate=self.recipe.data.truncate,
         )
 
@@ -336,15 +330,21 @@ class _Run:
 
     def save_adapter(self) -> None:
         notes = {"model": self.recipe.model, "task": self.recipe.task, "label_names": self.train_set.label_names}
+        if self.recipe.base.quantize is not None:
+            notes |= {"quantize": self.recipe.base.quantize, "base_dtype": self.recipe.base.dtype}
         save(self.model, self.folder.adapter, NAME, notes=notes)
 
+    def measure_adapter(self) -> dict[str, float]:
+        dataset = self.measured_set
+        if dataset is None or not (self.classifies or self.recipe.evaluate.metrics):
+            return {}
+        if self.classifies:
+            return self._classify(dataset).metrics
+        self.listener.stage("measuring the adapter")
+        return self._generate(dataset).metrics
+
     def summarise(self, trainer: Trainer) -> dict[str, Any]:
-        dataset, after = self.measured_set, {}
-        if dataset is not None and self.classifies:
-            after = self._classify(dataset).metrics
-        elif dataset is not None and self.recipe.evaluate.metrics:
-            self.listener.stage("measuring the adapter")
-            after = self._generate(dataset).metrics
+        after = self.measure_adapter()
         counts, state = count_parameters(self.model), trainer.state
         summary: dict[str, Any] = {
             "model": self.recipe.model,
@@ -358,7 +358,7 @@ class _Run:
             "model_bytes": model_bytes(self.model),
             "peak_memory_bytes": peak_memory(),
             "training_seconds": state.seconds,
-            "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
+            "tokens_per_second": state.tokens / state.seconds if state.tokens else None,
             "before": self.before,
             "after": after,
         }
@@ -384,9 +384,8 @@ class _Run:
             for example, before, after in zip(examples, self.answers_before, self._answers(dataset), strict=True)
         ]
 
-    def report(self, summary: Mapping[str, Any], samples: Sequence[Sample]) -> Report:
-        run = self.folder.path
-        place, merged = shlex.quote(str(run)), shlex.quote(f"{run}-merged")
+    def next_steps(self) -> list[tuple[str, str]]:
+        place, merged = (shlex.quote(f"{self.folder.path}{end}") for end in ("", "-merged"))
         steps = [
             ("Measure it on other data", f"lorakit evaluate {place} --data FILE"),
             ("Look at the adapter", f"lorakit inspect {place}"),
@@ -394,6 +393,8 @@ class _Run:
         ]
         if not self.classifies:
             steps.insert(0, ("Answer prompts of your own", f"lorakit generate {place} --prompt '...'"))
-        return run_report(
-            run, summary, title=f"{self.recipe.model} on {self.train_set.source}", samples=samples, next_steps=steps
-        )
+        return steps
+
+    def report(self, summary: Mapping[str, Any], samples: Sequence[Sample]) -> Report:
+        title = f"{self.recipe.model} on {self.train_set.source}"
+        return run_report(self.folder.path, summary, title=title, samples=samples, next_steps=self.next_steps())

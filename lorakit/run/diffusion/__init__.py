@@ -1,0 +1,1 @@
+"""Text-to-image: adapters on the denoiser of a diffusion pipeline, trained on images with captions."""
