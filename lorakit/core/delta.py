@@ -52,7 +52,7 @@ def output_norms(weight: Tensor, A: Tensor, Bt: Tensor, scale: float) -> Tensor:
 
     By `|w + d|^2 = |w|^2 + 2 w d + |d|^2` from products r wide: the sum, a matrix as large as W, is never formed.
     """
-    dtype = wide(A.dtype)
+    dtype = torch.promote_types(wide(A.dtype), wide(weight.dtype))
     A, Bt = A.to(dtype), Bt.to(dtype)
     own = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
     cross = (Bt * (A.to(weight.dtype) @ weight.t()).to(dtype)).sum(0)

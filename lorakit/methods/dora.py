@@ -11,7 +11,7 @@ from torch import nn
 
 from lorakit.attach.kinds import LeafKind
 from lorakit.attach.method import Pair
-from lorakit.core.delta import is_dense
+from lorakit.core.delta import is_dense, wide
 from lorakit.errors import UsageError
 from lorakit.methods.variant import Variant
 
@@ -30,10 +30,11 @@ class DoRA(Variant):
             )
 
     def start(self, path: str, leaf: nn.Module, kind: LeafKind, pair: Pair) -> Pair:
-        if pair.A.is_meta:
+        weight = leaf._parameters["weight"]
+        if weight is None or pair.A.is_meta:
             pair.magnitude = torch.empty(kind.shape(leaf)[1], dtype=pair.A.dtype, device="meta")
             return pair
-        A, Bt = (factor.float() for factor in pair.factors())
+        A, Bt = (factor.to(wide(weight.dtype)) for factor in pair.factors())
         with torch.no_grad():
             pair.magnitude = kind.norms(leaf, A, Bt, pair.scale).to(pair.A.dtype)
         return pair

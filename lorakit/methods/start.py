@@ -186,9 +186,10 @@ def _rows(path: str, indices: Sequence[int], weight: Tensor, dtype: torch.dtype 
 
 
 def rows_at(indices: Sequence[int], rows: Tensor) -> TokenRows:
-    """Rows as a file has them, in the order of `indices`, in ascending order."""
-    order = sorted(range(len(indices)), key=lambda i: indices[i])
-    return TokenRows(torch.tensor([indices[i] for i in order]), rows[order].contiguous())
+    """Rows as a file has them, in the order of `indices`, in ascending order; of a row that it has twice, the last."""
+    place = {index: i for i, index in enumerate(indices)}
+    order = sorted(place)
+    return TokenRows(torch.tensor(order), rows[[place[index] for index in order]].contiguous())
 
 
 def tie_rows(draft: Draft, model: nn.Module) -> None:

@@ -16,11 +16,12 @@ from lorakit.attach.targets import ALL_LINEAR, shortest_names
 from lorakit.errors import UsageError
 from lorakit.methods.lora import LoRA
 from lorakit.store.card import model_card
+from lorakit.store.convert import read_source
 from lorakit.store.files import json_bytes, write_together
 from lorakit.store.identity import content_hash, fingerprint
 from lorakit.store.peft_config import CONFIG, from_method
 from lorakit.store.peft_folder import to_tensors
-from lorakit.store.read import EXTRA, FORMAT, TENSORS, fit, locate, read_folder
+from lorakit.store.read import EXTRA, FORMAT, TENSORS, fit, locate
 
 
 def save(
@@ -45,7 +46,7 @@ def save(
             raise UsageError(f"adapter {name!r} is a {type(record.method).__name__}, which has no folder layout yet.")
         if any(tensor.is_meta for tensor in record.tensors()):
             raise UsageError(f"adapter {name!r} is on the meta device, where tensors have no values to save.")
-        tensors = to_tensors(record.draft, model)
+        tensors = to_tensors(record.draft, model, record.method)
         config = _config(model, record, record.method)
     target = Path(folder).expanduser()
     replaced = {f"{path}.{key}" for path, group in record.draft.replaced.items() for key in group}
@@ -93,14 +94,16 @@ def load(
     *,
     trainable: bool = False,
     check_base: bool = True,
+    component: str | None = None,
 ) -> AttachReport:
     """Load an adapter from a PEFT folder or a hub id, switch it on, and freeze the base. dtypes stay as in the file.
 
-    Everything is checked first: a FileError lists every fault, and nothing is half-loaded. check_base: refuse an adapter
-    whose lorakit.json names another base than this model.
+    The safetensors files of other programs (diffusers, kohya, ...) are recognised and taken as they are; component: which
+    part of a pipeline's file is this model's ("unet"). Everything is checked first: a FileError lists every fault, and
+    nothing is half-loaded. check_base: refuse an adapter whose lorakit.json names another base than this model.
     """
     check_can_add(find_host(model), name)
-    found = read_folder(locate(source))
+    found = read_source(locate(source), model, component)
     method, draft = fit(found, model, check_base=check_base)
     _check_material(model, draft)
     meta = {"config": found.config, "extra": found.extra, "source": str(source)}

@@ -1,5 +1,6 @@
 """convert: adapter files of the whole ecosystem, through PEFT's form in memory. Exact, or refused."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from lorakit.store.foreign.hub import Bundle, faults_of, sort
 from lorakit.store.foreign.kohya import Kohya
 from lorakit.store.foreign.loralib import Loralib
 from lorakit.store.foreign.peft import Peft
+from lorakit.store.foreign.source import DIFFUSERS as DIFFUSERS_FILES
 from lorakit.store.foreign.source import Source, open_sources
 from lorakit.store.foreign.vllm import Vllm
-from lorakit.store.read import locate
+from lorakit.store.peft_config import CONFIG, parse_config
+from lorakit.store.read import AdapterFile, checked, locate, read_folder
 
 FORMATS: dict[str, Format] = {one.name: one for one in (Peft(), Gguf(), Kohya(), Loralib(), Diffusers(), Vllm())}
 Model = str | Path | nn.Module | Mapping[str, nn.Module]
@@ -97,6 +100,19 @@ def read_any(
         raise FileError(f"{path} holds adapters of {', '.join(bundle)}: choose one with component.")
     adapter = next(iter(bundle.values()))
     return adapter.config, adapter.tensors, adapter.notes
+
+
+def read_source(path: Path, model: nn.Module, component: str | None) -> AdapterFile:
+    """An adapter for `model` in any format that a load may open: a PEFT folder, or another program's safetensors file.
+
+    Faults of a folder are collected; a foreign file that cannot be read raises FileError.
+    """
+    foreign = path if path.suffix == ".safetensors" and path.is_file() else path / DIFFUSERS_FILES[0]
+    if not foreign.is_file() or (path / CONFIG).is_file():
+        return read_folder(path)
+    config, tensors, _ = read_any(foreign, base={component: model} if component else model, component=component)
+    config, method, faults = parse_config(json.dumps(config))
+    return checked(AdapterFile(path, config, method, tensors, faults=faults))
 
 
 def _options(

@@ -106,15 +106,16 @@ def _sort(parsed: Parsed, name: str, tensor: Tensor) -> None:
         parsed.plain[plain_name] = tensor
 
 
-def to_tensors(draft: Draft, model: nn.Module) -> dict[str, Tensor]:
-    """The file's tensors of a draft on `model`, on the CPU, contiguous, in their own dtype."""
+def to_tensors(draft: Draft, model: nn.Module, method: LoRA) -> dict[str, Tensor]:
+    """The file's tensors of a draft of `method` on `model`, on the CPU, contiguous, in their own dtype."""
     tensors: dict[str, Tensor] = {}
     for path, pair in draft.pairs.items():
         leaf = model.get_submodule(path)
         tensors |= {f"{path}.{name}": tensor for name, tensor in _stored(pair, leaf).items()}
     tensors |= raw_tensors(draft)
     for path, rows in draft.tokens.items():
-        tensors[f"{path}.{TOKENS}"] = rows.rows
+        asked = torch.tensor(method.token_indices(path), device=rows.indices.device)  # in the order that the file names
+        tensors[f"{path}.{TOKENS}"] = rows.rows[torch.searchsorted(rows.indices, asked)]
     written: set[int] = set()
     for path, group in draft.replaced.items():
         inside = f"{path}.base_layer" if path in draft.pairs else path

@@ -57,6 +57,11 @@ def read_folder(folder: Path) -> AdapterFile:
     found.faults += faults
     found.tensors, faults = _read_tensors(folder)
     found.faults += faults
+    return checked(found)
+
+
+def checked(found: AdapterFile) -> AdapterFile:
+    """`found` with its tensors sorted and searched for faults."""
     if found.tensors:
         found.parsed = parse(found.tensors)
         found.faults += found.parsed.faults + _rank_faults(found) + _value_faults(found.tensors) + _hash_faults(found)

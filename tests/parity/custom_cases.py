@@ -41,10 +41,11 @@ class Deep(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(6, 9), "down": nn.Linear(9, 6)}) for _ in range(3))
+        layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(6, 9), "down": nn.Linear(9, 6)}) for _ in range(3))
+        self.body = nn.ModuleDict({"layers": layers})  # PEFT finds no numbers that stand at the root
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
+        for layer in self.body["layers"]:
             x = x + layer["down"](layer["up"](x).relu())
         return x
 
@@ -262,7 +263,7 @@ CASES = {
     # embeddings and Conv1D
     "emb-1-conv1d": case("emb", ["conv1d"], STORED),
     "emb-2": case("emb", ["emb"]),
-    "emb-3-both": case("emb", ["emb", "conv1d"]),
+    "emb-3-both": case("emb", ["emb", "conv1d"], STORED),
     "emb-tokens": case("emb", ["conv1d"], STORED, trainable_token_indices={"emb": [0, 10]}),
     "emb-tokens-any-order": case("emb", ["lin0"], trainable_token_indices={"emb": [12, 3, 7]}),
     "emb-modules-to-save": case("emb", ["conv1d"], STORED, modules_to_save=["emb"]),
@@ -286,7 +287,7 @@ CASES = {
     "mlp-dora-bias-all": case("mlp", ["lin0"], bias="all", **DORA),
     "emb-1-dora": case("emb", ["conv1d"], STORED, **DORA),
     "emb-2-dora": case("emb", ["emb"], **DORA),
-    "emb-3-dora": case("emb", ["emb", "conv1d"], **DORA),
+    "emb-3-dora": case("emb", ["emb", "conv1d"], STORED, **DORA),
     "conv1d-dora": case("conv1d", ["conv"], **DORA),
     "conv2d-1-dora": case("conv2d", ["conv"], **DORA),
     "conv2d-2-dora": case("conv2d", ["conv", "lin0"], **DORA),

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted:UserWarning"),
     pytest.mark.filterwarnings("ignore:the rank is larger than the smaller side:UserWarning"),
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # PEFT, of attention and experts
+    pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape:UserWarning"),  # PEFT, of lora_bias
     # PEFT says that a whole embedding is stored where one is adapted
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
@@ -37,7 +37,19 @@ def theirs_of(case: Case) -> Any:
 
     model = get_peft_model(case.base(), case.config())
     randomise([parameter for parameter in model.parameters() if parameter.requires_grad])
-    return model.eval()
+    return corrected(model.eval())
+
+
+def corrected(model: Any) -> Any:
+    """PEFT 0.21 adds the update of an attention layer's output projection twice, merged and unmerged (its pull request
+    3774): here its second merge is taken out."""
+    from peft.tuners.lora.layer import MultiheadAttention
+
+    for module in model.modules():
+        if isinstance(module, MultiheadAttention):
+            module.base_layer.out_proj.merge = lambda **_: None
+            module.base_layer.out_proj.unmerge = lambda: None
+    return model
 
 
 def ours_of(case: Case) -> Any:
@@ -56,21 +68,24 @@ def same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
-def all_states(ours: Any, theirs: Any) -> None:
+def all_states(ours: Any, theirs: Any, case: Case) -> None:
     """Unmerged, merged, unmerged again, disabled: equal outputs, ours bit for bit what they were."""
     before, base = outputs(ours), outputs_of_base(ours)
+    assert torch.equal(base, outputs(case.base().requires_grad_(False)))  # frozen: attention rounds otherwise else
     same(before, outputs(theirs))
     assert (before - base).abs().max() > 1e-3  # the adapter does something
     lk.merge(ours, "default")
-    theirs.merge_adapter()
-    same(outputs(ours), outputs(theirs))
     same(outputs(ours), before)
+    if case.model != "conv3d-1x1":  # which PEFT takes for a Conv2d's kernel, and raises
+        theirs.merge_adapter()
+        same(outputs(ours), outputs(theirs))
+        theirs.unmerge_adapter()
     lk.unmerge(ours)
-    theirs.unmerge_adapter()
     assert torch.equal(outputs(ours), before)
     same(outputs(ours), outputs(theirs))
-    with theirs.disable_adapter():
-        same(outputs_of_base(ours), outputs(theirs))
+    if case.fields.get("bias", "none") == "none":  # PEFT trains the base's own biases: they stay when it is disabled
+        with theirs.disable_adapter():
+            same(base, outputs(theirs))
     assert torch.equal(outputs(ours), before)
 
 
@@ -86,8 +101,7 @@ def test_lorakit_loads_what_peft_saves_computes_the_same_and_saves_the_same(name
     theirs.save_pretrained(tmp_path / "peft")
     ours = case.base()
     lk.load(ours, tmp_path / "peft")
-    all_states(ours, theirs)
-    assert torch.equal(outputs_of_base(ours), outputs(case.base()))
+    all_states(ours, theirs, case)
 
     lk.save(ours, tmp_path / "ours")
     before, config = stored(tmp_path / "peft")
@@ -102,8 +116,8 @@ def test_peft_loads_what_lorakit_saves_and_computes_the_same(name: str, tmp_path
     case = CASES[name]
     ours = ours_of(case)
     lk.save(ours, tmp_path)
-    theirs = peft_load(case, tmp_path)
-    all_states(ours, theirs)
+    theirs = corrected(peft_load(case, tmp_path))
+    all_states(ours, theirs, case)
     again = case.base()
     lk.load(again, tmp_path)
     assert torch.equal(outputs(again), outputs(ours))

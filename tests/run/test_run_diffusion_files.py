@@ -1,5 +1,7 @@
 """Adapters of text-to-image runs in diffusers' and PEFT's own loaders: the same output, at every strength."""
 
+import json
+
 import pytest
 import tiny_pipelines as tiny
 import torch
@@ -118,15 +120,25 @@ def test_peft_loads_the_transformers_adapter_with_the_same_output(trained, place
 
 
 def test_the_transformers_file_holds_the_whole_update(trained, place):
-    """diffusers has no loader for PixArt: the file is added by hand, W + lora_B lora_A."""
+    """diffusers has no loader for PixArt: the file is added by hand, W + (alpha / r) lora_B lora_A."""
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
     ours, theirs = (tiny.opened(place, "pixart").transformer for _ in range(2))
     lk.load(ours, trained["pixart"] / "adapter")
     tensors = load_file(trained["pixart"] / FILE)
+    with safe_open(trained["pixart"] / FILE, "pt") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])
+    said = {key.removeprefix("transformer."): value for key, value in said.items()}
+    config = LoraConfig(**said)
     for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
         path = key.removesuffix(".lora_A.weight")
-        delta = tensors[f"{path}.lora_B.weight"] @ tensors[key]
+        inner = path.removeprefix("transformer.")
+        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, inner), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, inner), config.lora_alpha)
+        delta = alpha / (r**0.5 if config.use_rslora else r) * tensors[f"{path}.lora_B.weight"] @ tensors[key]
         theirs.get_submodule(path.removeprefix("transformer.")).weight.data += delta
     assert len(tensors) == 2 * len(lk.adapters(ours)["default"].modules)
     close(denoise(ours, "pixart"), denoise(theirs, "pixart"))
@@ -156,3 +168,14 @@ def test_the_run_can_be_inspected_and_is_not_overwritten_unasked(trained, recipe
     assert not lk.inspect(trained["sd"] / "adapter").faults
     with pytest.raises(Exception, match="holds a run already"):
         lk.train(recipe(output=str(trained["sd"])))
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_load_takes_diffusers_file_and_its_folder(trained, place, name):
+    part = "unet" if name == "sd" else "transformer"
+    models = [getattr(tiny.opened(place, name), part) for _ in range(3)]
+    lk.load(models[0], trained[name] / "adapter")
+    lk.load(models[1], trained[name] / FILE, component=part)
+    lk.load(models[2], trained[name] / FILE)  # a file with one component needs no name
+    for model in models[1:]:
+        close(denoise(model, name), denoise(models[0], name))

@@ -101,7 +101,7 @@ class LeafKind(ABC):
         with torch.no_grad():
             norms = self.norms(leaf, A, Bt, low.scale / low.strength if low.strength else 0.0)
         magnitude: Tensor = getattr(leaf, low.magnitude or "")
-        return magnitude / norms
+        return magnitude / norms.to(magnitude.dtype)  # rounded alike: a fresh adapter's gain is then exactly 1
 
     def norms(self, leaf: nn.Module, A: Tensor, Bt: Tensor, scale: float) -> Tensor:
         """The length of each output's row of `W + scale * B A`, (out,)."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.kinds.base import LeafKind
+from lorakit.core.delta import wide
 from lorakit.errors import AdapterError, TargetError
 
 _FUNCTIONS: Any = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
@@ -59,8 +60,9 @@ class ConvKind(LeafKind):
 
     def norms(self, leaf: nn.Module, A: Tensor, Bt: Tensor, scale: float) -> Tensor:
         weight: Any = leaf._parameters["weight"]
-        delta = self.weight_delta(leaf, A, Bt, scale, A.dtype)
-        norms: Tensor = torch.linalg.vector_norm(weight.to(A.dtype) + delta, dim=tuple(range(1, weight.dim())))
+        dtype = torch.promote_types(wide(A.dtype), wide(weight.dtype))
+        delta = self.weight_delta(leaf, A, Bt, scale, dtype)
+        norms: Tensor = torch.linalg.vector_norm(weight.to(dtype) + delta, dim=tuple(range(1, weight.dim())))
         return norms
 
     def weight_delta(self, leaf: nn.Module, A: Tensor, Bt: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -16,11 +16,11 @@ from lorakit.run.device import best_device
 from lorakit.run.diffusion.batches import DiffusionBatches
 from lorakit.run.diffusion.check import check_text_to_image
 from lorakit.run.diffusion.encode import Encoder, Row
-from lorakit.run.diffusion.export import export_diffusers
 from lorakit.run.diffusion.noise import Noise, denoising_objective
+from lorakit.run.folder import DIFFUSERS
 from lorakit.run.result import RunResult
-from lorakit.run.subject import NAME
 from lorakit.run.train import Run
+from lorakit.store.convert import convert
 from lorakit.train.config import TrainConfig
 from lorakit.train.loss import Objective, mean_loss
 
@@ -116,7 +116,8 @@ class TextToImageRun(Run):
 
     def save_adapter(self) -> None:
         super().save_adapter()
-        export_diffusers(self.model, self.folder.path, self.loaded.part, NAME)
+        run = self.folder.path
+        convert(run / "adapter", run / DIFFUSERS, to="diffusers", component=self.loaded.part, overwrite=True)
 
     def next_steps(self) -> list[tuple[str, str]]:
         run, part = self.folder.path, self.loaded.part

@@ -1,6 +1,8 @@
 """Files of named tensors, by the ending that the user gave: .safetensors, or the pickles of old programs."""
 
 import io
+import json
+import struct
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,17 @@ def tensor_file(
 def _fill_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     from safetensors.torch import save
 
-    path.write_bytes(save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata=metadata))
+    path.write_bytes(_in_order(save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata=metadata)))
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file with its header's metadata sorted: the library writes it in another order each time."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
 def _fill_pickle(path: Path, content: object) -> None:
