@@ -5,6 +5,7 @@ python bench/attach.py [--rounds 21] [--layers 48]: sides run in turns; medians 
 
 import argparse
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -48,12 +49,19 @@ def life(layers: int) -> dict[str, dict[str, Callable[[], Any]]]:
     theirs = with_peft(stack(layers), ["c_attn"], conv=True)
     turn, turn_peft = itertools.cycle(NAMES), itertools.cycle(NAMES)
 
-    def attach() -> None:
+    def attach(both: bool = False) -> float:
+        begin = time.perf_counter()
         lk.attach(bare, lora, name=NAMES[0])
+        attached = time.perf_counter()
         lk.detach(bare, NAMES[0])
+        return (time.perf_counter() if both else attached) - begin
 
-    def attach_peft() -> None:
-        with_peft(bare_peft, ["c_attn"], NAMES[:1], conv=True).unload()
+    def attach_peft(both: bool = False) -> float:
+        begin = time.perf_counter()
+        wrapped = with_peft(bare_peft, ["c_attn"], NAMES[:1], conv=True)
+        attached = time.perf_counter()
+        wrapped.unload()
+        return (time.perf_counter() if both else attached) - begin
 
     def disable() -> None:
         with lk.use(ours, None):
@@ -64,7 +72,8 @@ def life(layers: int) -> dict[str, dict[str, Callable[[], Any]]]:
             pass
 
     return {
-        "attach and detach": {"lorakit": attach, "peft": attach_peft},
+        "attach": {"lorakit": attach, "peft": attach_peft},
+        "attach and detach": {"lorakit": lambda: attach(True), "peft": lambda: attach_peft(True)},
         "switch": {
             "lorakit": lambda: lk.use(ours, next(turn)),
             "peft": lambda: theirs.set_adapter(next(turn_peft)),

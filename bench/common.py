@@ -20,14 +20,17 @@ def machine() -> dict[str, Any]:
 
 
 def interleaved(sides: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each side, run in turns, so that a machine whose speed drifts drifts for all alike."""
+    """Median seconds of each side, run in turns, so that a machine whose speed drifts drifts for all alike.
+
+    A side that returns a float has measured itself: those are its seconds.
+    """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warmup + rounds):
         for name, run in sides.items():
             begin = time.perf_counter()
-            run()
+            own = run()
             if turn >= warmup:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(own if isinstance(own, float) else time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -5,17 +5,21 @@ from typing import Annotated
 
 import typer
 
+from lorakit.cli.foreign import Alpha, Base, EnableLora, parts_of
 from lorakit.cli.show import megabytes, print_json, print_table
 from lorakit.run.subject import adapter_folder
 from lorakit.store.inspect import inspect
 
 
 def run(
-    adapter: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder or a hub id.")],
+    adapter: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder or file, or a hub id.")],
+    alpha: Alpha = None,
+    enable_lora: EnableLora = None,
+    base: Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Example: lorakit inspect runs/sql"""
-    found = inspect(adapter_folder(adapter))
+    found = inspect(adapter_folder(adapter), alpha=alpha, enable_lora=parts_of(enable_lora), base=base)
     if as_json:
         print_json(asdict(found))
     else:
@@ -25,8 +29,11 @@ def run(
             ("identity", found.identity),
             ("parameters", found.parameters),
             ("tensors file", megabytes(found.bytes)),
-            ("trained in full", ", ".join(found.replaced) or None),
-            ("settings", ", ".join(f"{key}={value}" for key, value in found.config.items() if key in SHOWN)),
+            (
+                "trained in full",
+                _short(list(found.replaced)) if len(found.replaced) > 8 else ", ".join(found.replaced) or None,
+            ),
+            ("settings", ", ".join(f"{key}={_short(value)}" for key, value in found.config.items() if key in SHOWN)),
         ]
         print_table(["", found.source], facts)
         rows = [
@@ -40,7 +47,25 @@ def run(
         raise typer.Exit(1)
 
 
-SHOWN = ("r", "lora_alpha", "target_modules", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern")
+SHOWN = (
+    "use_dora",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "lora_dropout",
+    "bias",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+)
+
+
+def _short(value: object) -> str:
+    """A setting in a table's cell: a long list by its length (--json has it whole)."""
+    return f"({len(value)} names)" if isinstance(value, list | dict) and len(value) > 8 else str(value)
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

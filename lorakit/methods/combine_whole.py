@@ -77,7 +77,7 @@ def _rows(path: str, weight: Tensor | None, own: Sequence[tuple[TokenRows, float
     if weight is None or not is_dense(weight):
         raise AdapterError(f"{path}: the base has no dense rows there to weigh an adapter's against.")
     dtype, computed = widest([weight, *(rows.rows for rows, _ in own)])
-    indices: Tensor = torch.unique(torch.cat([rows.indices.to(weight.device) for rows, _ in own]))  # type: ignore[no-untyped-call]
+    indices: Tensor = torch.unique(torch.cat([rows.indices.to(weight.device) for rows, _ in own]))
     start = weight.detach()[indices].to(computed)
     total = start.clone()
     for rows, strength in own:

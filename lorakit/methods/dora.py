@@ -28,6 +28,11 @@ class DoRA(Variant):
                 f"{path} is quantised, and DoRA needs the lengths of its weight's rows. Leave use_dora out, or load the base "
                 "unquantised."
             )
+        if pair.A.dim() > 2 and pair.A.shape[1] != weight.shape[1]:
+            raise UsageError(
+                f"{path}: its A reaches across the groups of the {type(leaf).__name__} (PEFT writes such files), so `W + s B A` "
+                "has no rows of W's shape, and DoRA no lengths of them. Train it again with lorakit, or without use_dora."
+            )
 
     def start(self, path: str, leaf: nn.Module, kind: LeafKind, pair: Pair) -> Pair:
         weight = leaf._parameters["weight"]

@@ -207,6 +207,10 @@ class LoRA(Method):
                 for key, factor in variant.learning_rates(pair, embedding).items():
                     if getattr(pair, key) is not None:
                         rates[id(getattr(pair, key))] = factor
+            for group in draft.replaced.values():
+                for tensor in group.values():
+                    if variant.replaced_rate(tensor) != 1.0:
+                        rates[id(tensor)] = variant.replaced_rate(tensor)
         return rates
 
     def _replaced(self, model: nn.Module, adapted: Collection[str]) -> list[tuple[str, str]]:

@@ -171,6 +171,11 @@ def add_token_rows(draft: Draft, model: nn.Module, asked: TokenIndices, dtype: t
                 )
             if path in draft.replaced and "weight" in draft.replaced[path]:
                 raise UsageError(f"{path} is trained in full (modules_to_save): its rows are trained with it.")
+            if path in draft.pairs:
+                raise UsageError(
+                    f"{path} takes a low-rank update (target_modules), which its rows in trainable_token_indices would replace. "
+                    "Leave it out of one of the two."
+                )
             draft.tokens[path] = _rows(path, indices, weight, dtype)
     tie_rows(draft, model)
 
@@ -224,7 +229,13 @@ def tie(draft: Draft, model: nn.Module) -> None:
     """Have each head that shares an adapted embedding's weight take the embedding's pair, and its replaced weight, too."""
     for path in [*draft.pairs]:
         if isinstance(low_rank_kind(plain(type(model.get_submodule(path)))), EmbeddingKind):
-            for head in _sharers(model, path):
+            heads = _sharers(model, path)
+            if heads and draft.pairs[path].magnitude is not None:
+                raise UsageError(
+                    f"{path} shares its weight with {heads[0]} (ensure_weight_tying), and DoRA's lengths are of the embedding's "
+                    "outputs, not of the head's. Leave out use_dora, ensure_weight_tying or the embedding."
+                )
+            for head in heads:
                 draft.pairs.pop(head, None)
                 draft.tied[head] = path
     for path, group in list(draft.replaced.items()):

@@ -34,6 +34,10 @@ class Variant(ABC):
         """Field of the pair -> factor on its learning rate."""
         return {}
 
+    def replaced_rate(self, tensor: Tensor) -> float:
+        """The factor on the learning rate of a parameter of the base that is trained in full (a bias, a head's weight)."""
+        return 1.0
+
 
 def dense_weight(leaf: nn.Module, kind: LeafKind) -> Tensor:
     """The leaf's weight as an (out, in) matrix in float32, for an initialisation that looks at it."""

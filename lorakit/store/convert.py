@@ -102,6 +102,26 @@ def read_any(
     return adapter.config, adapter.tensors, adapter.notes
 
 
+def read_parts(path: Path, **options: Any) -> tuple[str, dict[str, AdapterFile], list[str], int]:
+    """(kind, adapters by component, faults, numbers in the file) of another program's file or folder, for those who want to see what is wrong.
+
+    options: alpha, enable_lora, base, as for `convert`. Raises FileError where no format knows the file.
+    """
+    chosen = _options(options.get("alpha"), options.get("enable_lora"), options.get("base"), None)
+    sources = open_sources(path).values()
+    kinds = ", ".join(dict.fromkeys(_recognise(one).name for one in sources))
+    numbers = sum(tensor.numel() for one in sources for tensor in one.tensors.values())
+    try:
+        _, _, bundle, _ = _read(path, chosen)
+    except FileError as error:
+        return kinds, {}, error.faults or [str(error)], numbers
+    parts = {}
+    for name, one in bundle.items():
+        config, method, faults = parse_config(json.dumps(one.config))
+        parts[name] = checked(AdapterFile(path, config, method, one.tensors, faults=faults))
+    return kinds, parts, [], numbers
+
+
 def read_source(path: Path, model: nn.Module, component: str | None) -> AdapterFile:
     """An adapter for `model` in any format that a load may open: a PEFT folder, or another program's safetensors file.
 

@@ -1,13 +1,17 @@
-"""`inspect`: what an adapter folder holds, told without a model."""
+"""`inspect`: what an adapter holds, whatever program wrote it, told without a model."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from lorakit.methods.lora import LoRA
+from lorakit.store.convert import Model, read_parts
+from lorakit.store.peft_config import CONFIG
 from lorakit.store.peft_folder import Parsed
-from lorakit.store.read import TENSORS, locate, read_folder
+from lorakit.store.read import TENSORS, AdapterFile, locate, read_folder
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """An adapter folder in figures. bytes: of the tensors file; replaced: names of what is trained in full."""
+    """An adapter in figures. bytes: of the tensors file; replaced: names of what is trained in full."""
 
     source: str
     kind: str
@@ -40,22 +44,56 @@ class Inspection:
     faults: tuple[str, ...]
 
 
-def inspect(source: str | Path) -> Inspection:
-    """Read an adapter folder or hub id and tell its kind, base, modules, ranks, scaling, parameters, size, norms and faults."""
-    found = read_folder(locate(source))
-    modules = () if found.faults or found.method is None else _modules(found.method, found.parsed)
+def inspect(
+    source: str | Path,
+    *,
+    alpha: float | None = None,
+    enable_lora: Sequence[bool] | None = None,
+    base: Model | None = None,
+) -> Inspection:
+    """Read any adapter and tell its kind, base, modules, ranks, scaling, parameters, size, norms and faults.
+
+    source: a PEFT folder, a hub id, or another program's file (see lorakit.convert, also for the options). What a file
+    cannot tell without an option that is missing is a fault.
+    """
+    path = locate(source)
+    if (path / CONFIG).is_file() or not path.exists():
+        return _folder(str(source), read_folder(path))
+    return _foreign(str(source), path, {"alpha": alpha, "enable_lora": enable_lora, "base": base})
+
+
+def _folder(source: str, found: AdapterFile) -> Inspection:
     path = found.folder / TENSORS
     return Inspection(
-        source=str(source),
-        kind=str(found.config.get("peft_type", "unknown")),
+        source=source,
+        kind=f"peft ({found.config.get('peft_type', 'unknown')})",
         base=_text(found.config.get("base_model_name_or_path")),
         identity=_text(found.extra.get("adapter")),
-        modules=modules,
-        replaced=tuple(found.parsed.plain),
+        modules=() if found.faults or found.method is None else _modules(found.method, found.parsed),
+        replaced=(*found.parsed.plain, *found.parsed.tokens),
         parameters=sum(tensor.numel() for tensor in found.tensors.values()),
         bytes=path.stat().st_size if path.is_file() else 0,
         config={key: value for key, value in found.config.items() if value not in (None, {}, [], False)},
         faults=tuple(found.faults),
+    )
+
+
+def _foreign(source: str, path: Path, options: Mapping[str, Any]) -> Inspection:
+    """An adapter of another program: what `convert` makes of it."""
+    kind, parts, faults, numbers = read_parts(path, **options)
+    found = [(name, _folder(source, one)) for name, one in parts.items()]
+    names = [(f"{name}." if name else "", one) for name, one in found]
+    return Inspection(
+        source=source,
+        kind=kind,
+        base=None,
+        identity=None,
+        modules=tuple(replace(module, path=prefix + module.path) for prefix, one in names for module in one.modules),
+        replaced=tuple(prefix + name for prefix, one in names for name in one.replaced),
+        parameters=numbers,
+        bytes=path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir()),
+        config=found[0][1].config if len(found) == 1 else {},
+        faults=(*faults, *(prefix + fault for prefix, one in names for fault in one.faults)),
     )
 
 

@@ -118,10 +118,10 @@ def _widened(config: dict[str, Any], method: LoRA, pairs: Mapping[str, Pair]) ->
 
     Their ranks are multiples of what the method says, and alpha follows, so that the scaling stays.
     """
-    times = {path: pair.factors()[0].shape[0] // pair.A.shape[0] * _parts(pair) for path, pair in pairs.items()}
-    if set(times.values()) <= {1}:
+    ranks = {path: _rank(method, path, pair) for path, pair in pairs.items()}
+    if all(rank == method.rank(path) for path, rank in ranks.items()):
         return config
-    wide = {path: (method.rank(path) * k, _alpha(method, path, k)) for path, k in times.items()}
+    wide = {path: (rank, _alpha(method, path, rank)) for path, rank in ranks.items()}
     (rank, alpha), *others = sorted(set(wide.values()))
     config |= {"r": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True}
     if others:
@@ -130,14 +130,16 @@ def _widened(config: dict[str, Any], method: LoRA, pairs: Mapping[str, Pair]) ->
     return config
 
 
-def _parts(pair: Pair) -> int:
-    return 1 if pair.parts is None else sum(pair.parts)
+def _rank(method: LoRA, path: str, pair: Pair) -> int:
+    """The rank of the ordinary pair that is written (a start from a small weight may have fewer than the method says)."""
+    ordinary = pair.parts is None and pair.fixed_a is None
+    return method.rank(path) if ordinary else pair.factors()[0].shape[0]
 
 
-def _alpha(method: LoRA, path: str, times: int) -> float:
-    """The alpha that gives rank(path) * times the scaling that the method has at rank(path)."""
-    scaling, r = method.scaling(path), method.rank(path) * times
-    return scaling * math.sqrt(r) if method.use_rslora else scaling * r
+def _alpha(method: LoRA, path: str, rank: int) -> float:
+    """The alpha that gives `rank` the scaling that the method has at `path`."""
+    scaling = method.scaling(path)
+    return scaling * math.sqrt(rank) if method.use_rslora else scaling * rank
 
 
 def _plain(value: Any) -> Any:

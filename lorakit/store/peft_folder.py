@@ -112,6 +112,10 @@ def to_tensors(draft: Draft, model: nn.Module, method: LoRA) -> dict[str, Tensor
     for path, pair in draft.pairs.items():
         leaf = model.get_submodule(path)
         tensors |= {f"{path}.{name}": tensor for name, tensor in _stored(pair, leaf).items()}
+    for head, path in draft.tied.items():
+        if path in draft.pairs:  # PEFT writes the embedding's pair again as the head sees it
+            a, bt = draft.pairs[path].factors()
+            tensors |= {f"{head}.{LINEAR[0]}": bt, f"{head}.{LINEAR[1]}": a}
     tensors |= raw_tensors(draft)
     for path, rows in draft.tokens.items():
         asked = torch.tensor(method.token_indices(path), device=rows.indices.device)  # in the order that the file names
@@ -209,7 +213,10 @@ def to_draft(parsed: Parsed, method: LoRA, model: nn.Module) -> tuple[Draft, lis
 def _drop_tied(draft: Draft, model: nn.Module, faults: list[str]) -> None:
     """Tie heads to their embeddings; a head's own pair in the file must be its embedding's, seen from the other side."""
     own = dict(draft.pairs)
-    tie(draft, model)
+    try:
+        tie(draft, model)
+    except LorakitError as error:
+        faults.append(str(error))
     for head, path in draft.tied.items():
         pair, home = own.get(head), own.get(path)
         if (
@@ -329,8 +336,13 @@ def _in_order(draft: Draft, modules: Mapping[str, nn.Module]) -> Draft:
     """The draft in the model's order, whatever the file's was."""
     return Draft(
         {path: draft.pairs[path] for path in modules if path in draft.pairs},
-        {path: draft.replaced[path] for path in modules if path in draft.replaced},
+        {path: _as_declared(draft.replaced[path], modules[path]) for path in modules if path in draft.replaced},
         draft.raw,
         draft.tokens,
         draft.tied,
     )
+
+
+def _as_declared(group: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """A module's replaced parameters in the module's own order, as a fresh adapter has them."""
+    return {name: group[name] for name in module._parameters if name in group}

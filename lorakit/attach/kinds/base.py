@@ -73,7 +73,9 @@ class LeafKind(ABC):
         if slot.low is not None:
             y = y + self.update(leaf, site, x.to(y.device), base, slot.low).to(y.dtype)
         if slot.rows is not None and slot.indices is not None:
-            y = self.with_rows(leaf, y, x, getattr(leaf, slot.indices), getattr(leaf, slot.rows), slot.strength)
+            whole = slot.strength == 1.0 and (site.route is not None or len(site.active) == 1)
+            strength = None if whole else slot.strength
+            y = self.with_rows(leaf, y, x, getattr(leaf, slot.indices), getattr(leaf, slot.rows), strength)
         return y
 
     def update(self, leaf: nn.Module, site: Site, x: Tensor, base: Tensor, low: LowRank) -> Tensor:
@@ -109,9 +111,12 @@ class LeafKind(ABC):
         return output_norms(self.as_matrix(weight), A, Bt, scale)  # type: ignore[arg-type]
 
     def with_rows(
-        self, leaf: nn.Module, y: Tensor, x: Tensor, indices: Tensor, rows: Tensor, strength: float
+        self, leaf: nn.Module, y: Tensor, x: Tensor, indices: Tensor, rows: Tensor, strength: float | None
     ) -> Tensor:
-        """y where an embedding's rows `indices` are `rows` (see lorakit.attach.method.TokenRows)."""
+        """y where an embedding's rows `indices` are `rows` (see lorakit.attach.method.TokenRows).
+
+        strength: None = they take the base's place; else what they add is weighed, beside other adapters.
+        """
         raise TypeError(f"{type(leaf).__name__} has no rows of tokens")
 
     def merged_weight(self, leaf: nn.Module, slots: tuple[Slot, ...], weight: Tensor) -> Tensor:
@@ -123,8 +128,10 @@ class LeafKind(ABC):
                 total += self._weight_update(leaf, slot.low, weight.detach(), dtype)
             if slot.rows is not None and slot.indices is not None:
                 indices, rows = getattr(leaf, slot.indices), getattr(leaf, slot.rows).detach().to(dtype)
-                own = total[indices] if slot.strength == 1.0 else weight.detach()[indices].to(dtype)
-                total[indices] = rows if slot.strength == 1.0 else total[indices] + slot.strength * (rows - own)
+                if slot.strength == 1.0 and len(slots) == 1:
+                    total[indices] = rows
+                else:
+                    total[indices] += slot.strength * (rows - weight.detach()[indices].to(dtype))
         return total
 
     def merged_bias(self, leaf: nn.Module, slots: tuple[Slot, ...], bias: Tensor) -> Tensor:

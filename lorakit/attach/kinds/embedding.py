@@ -49,12 +49,12 @@ class EmbeddingKind(LeafKind):
         return (A.to(dtype) @ Bt.to(dtype)).mul_(scale)
 
     def with_rows(
-        self, leaf: nn.Module, y: Tensor, x: Tensor, indices: Tensor, rows: Tensor, strength: float
+        self, leaf: nn.Module, y: Tensor, x: Tensor, indices: Tensor, rows: Tensor, strength: float | None
     ) -> Tensor:
         place = torch.searchsorted(indices, x).clamp_max(indices.numel() - 1)  # where the row would stand
         hit = (indices[place] == x)[..., None]
         own = self._scaled(leaf, rows.to(y.dtype)[place])
-        if strength != 1.0:
+        if strength is not None:
             base = self._scaled(leaf, leaf._parameters["weight"].to(y.dtype)[x])  # type: ignore[union-attr]
             own = y + strength * (own - base)
         return torch.where(hit, own, y)

@@ -37,14 +37,14 @@ class LinearKind(LeafKind):
         return delta_weight(A, Bt, scale, dtype=dtype)
 
     def with_rows(
-        self, leaf: nn.Module, y: Tensor, x: Tensor, indices: Tensor, rows: Tensor, strength: float
+        self, leaf: nn.Module, y: Tensor, x: Tensor, indices: Tensor, rows: Tensor, strength: float | None
     ) -> Tensor:
         """The head that shares an embedding's weight: the rows' logits are other ones."""
         own = nn.functional.linear(x, rows.to(x.dtype)).to(y.dtype)  # (..., n)
         bias: Tensor | None = leaf.bias  # type: ignore[assignment]
         if bias is not None:
             own = own + bias[indices].to(y.dtype)
-        if strength != 1.0:
+        if strength is not None:
             base: Tensor = leaf._parameters["weight"][indices]  # type: ignore[index]
             own = y[..., indices] + strength * nn.functional.linear(x, (rows - base).to(x.dtype)).to(y.dtype)
         return y.index_copy(-1, indices, own)
