@@ -1,11 +1,25 @@
 """What the tests of combining share: models with layers of every kind, and adapters with random values on them."""
 
+import tiny
 import torch
-from adapting import grow
+from adapting import grow, host
 from torch import nn
 
 import lorakit as lk
+from lorakit.methods.combine import HOWS
 
+PRUNING = [how for how in HOWS if how not in ("cat", "svd", "linear")]
+UNLIKE = {  # ranks, scalings, layers, rsLoRA: nothing is alike
+    "a": {"r": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+    "b": {"r": 3, "alpha": 5, "target_modules": ["q_proj", "up_proj"], "use_rslora": True},
+    "c": {
+        "r": 2,
+        "alpha": 7,
+        "target_modules": ["v_proj", "q_proj"],
+        "rank_pattern": {"v_proj": 5},
+        "alpha_pattern": {"v_proj": 3},
+    },
+}
 CONVS = {
     "a": {"r": 4, "alpha": 8, "target_modules": ["one", "grouped"]},
     "b": {"r": 2, "alpha": 3, "target_modules": ["grouped", "out"], "use_rslora": True},
@@ -57,3 +71,26 @@ def with_adapters(model, configurations, std=0.3, dtypes=()):
         lk.attach(model, lk.LoRA(**fields), name=name, seed=number, dtype=dict(dtypes).get(name))
         grow(model, name, number, std)
     return model
+
+
+def llama(names="abc"):
+    return with_adapters(tiny.llama(), {name: UNLIKE[name] for name in names})
+
+
+def outputs(model, x, names):
+    with torch.no_grad(), lk.use(model, names):
+        return model(**x).logits if isinstance(x, dict) else model(x)
+
+
+def updates(model, name):
+    """path -> the full update of each pair of an adapter, float64, (out, in); an embedding's as (dim, vocab)."""
+    found = {}
+    for path, pair in host(model).records[name].draft.pairs.items():
+        A, Bt = (factor.detach().double() for factor in pair.factors())
+        embedding = isinstance(model.get_submodule(path), nn.Embedding)
+        found[path] = pair.scale * ((A @ Bt).T if embedding else Bt.T @ A.flatten(1))
+    return found
+
+
+def densities(how, density):
+    return {"density": density} if how in PRUNING else {}

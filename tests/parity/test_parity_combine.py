@@ -166,6 +166,7 @@ def test_peft_loads_combinations_of_unlike_adapters(fields, tmp_path):
     torch.testing.assert_close(logits(peft_load(case, tmp_path)), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning")
 def test_peft_loads_combined_experts_and_groups(tmp_path):
     """Layers whose pairs are stacks; PEFT reads them by their own layouts."""
     from peft import PeftModel

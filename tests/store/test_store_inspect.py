@@ -43,7 +43,7 @@ def test_norms_are_those_of_dw_and_the_figures_those_of_the_file(rslora, tmp_pat
     assert found.bytes == (folder / TENSORS).stat().st_size
     assert set(found.replaced) == {"transformer.ln_f.weight", "transformer.ln_f.bias"}
     assert found.identity == json.loads((folder / EXTRA).read_text())["adapter"]
-    assert (found.kind, found.faults) == ("LORA", ())
+    assert (found.kind, found.faults) == ("peft (LORA)", ())
     assert found.config["r"] == 4
 
 
