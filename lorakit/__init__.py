@@ -24,6 +24,7 @@ _HOME = {
     "verify": "lorakit.store.verify",
     "inspect": "lorakit.store.inspect",
     "convert": "lorakit.store.convert",
+    "combine": "lorakit.methods.combine",
     "train": "lorakit.run.train",
     "LorakitError": "lorakit.errors",
 }
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lorakit.attach.merge import merge, unmerge
     from lorakit.attach.method import Method
     from lorakit.errors import LorakitError
+    from lorakit.methods.combine import combine
     from lorakit.methods.lora import LoRA
     from lorakit.run.train import train
     from lorakit.store.api import load, save

@@ -43,15 +43,19 @@ def adapted(base: Any, replaced: frozenset[str] = frozenset()) -> type[nn.Module
     return type(base.__name__, (base,), body)
 
 
+def attend(site: Site) -> None:
+    """Have the site notice a forward, where it could be a checkpoint's recompute with another adapter."""
+    if site.seen != site.epoch or site.thread != get_ident() or (site.epoch > 1 and is_grad_enabled()):
+        site.notice()
+
+
 def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
     kind, base_forward = row_kind(base), base.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         site: Site = self._lk_site  # type: ignore[assignment]
-        if not is_compiling() and (
-            site.seen != site.epoch or site.thread != get_ident() or (site.epoch > 1 and is_grad_enabled())
-        ):
-            site.notice()
+        if not is_compiling():
+            attend(site)
         inner = site.inner
         if not site.active:
             return base_forward(self, *args, **kwargs) if inner is None else inner(*args, **kwargs)
@@ -71,9 +75,12 @@ def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _keeping(site: Site, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call during which each raw parameter's update is computed once, however often the module reads it."""
+    """A call during which each raw parameter's update is computed once, however often the module reads it.
+
+    Not under torch.compile, which would break its graph here, and finds what is computed twice itself.
+    """
     thread = this_thread()
-    if not any(slot.raw for slot in site.active) or thread in site.kept:
+    if is_compiling() or not any(slot.raw for slot in site.active) or thread in site.kept:
         return call(*args, **kwargs)
     site.kept[thread] = {}
     try:

@@ -44,6 +44,19 @@ def output_head(model: nn.Module) -> str | None:
     return next((name for name in HEAD_NAMES if name in children), None)
 
 
+def blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """(path, list) of the model's blocks in the order in which they run: its one list of modules of one class.
+
+    None where there is no such list or several side by side (an encoder and a decoder); lists inside a block don't count.
+    """
+    found: list[tuple[str, nn.ModuleList]] = []
+    for path, module in walk(model):
+        uniform = isinstance(module, nn.ModuleList) and len({plain(type(one)) for one in module}) == 1
+        if uniform and not any(is_within(path, outer) for outer, _ in found):
+            found.append((path, module))  # type: ignore[arg-type]
+    return found[0] if len(found) == 1 else None
+
+
 def is_within(path: str, parent: str) -> bool:
     """Whether `path` is `parent` or lies below it."""
     return path == parent or path.startswith(parent + ".")

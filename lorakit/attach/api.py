@@ -129,8 +129,12 @@ def _forget(model: nn.Module, host: Host, name: str, before: State) -> None:
 def set_trainable(draft: Draft, trainable: bool) -> None:
     """Make every tensor of a draft a parameter (trainable) or a plain tensor (frozen), sharing its memory."""
 
+    made: dict[int, Tensor] = {}  # a tensor that two modules share stays one
+
     def turned(tensor: Tensor) -> Tensor:
-        return nn.Parameter(tensor.detach()) if trainable else tensor.detach()
+        if id(tensor) not in made:
+            made[id(tensor)] = nn.Parameter(tensor.detach()) if trainable else tensor.detach()
+        return made[id(tensor)]
 
     for _, pair in draft.all_pairs():
         for key in LEARNT:

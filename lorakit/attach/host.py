@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach.adapted import bare, check_bare, wear
-from lorakit.attach.kinds import low_rank_kind
+from lorakit.attach.adapted import bare, check_bare, plain, wear
+from lorakit.attach.feedforward import feed, starve
+from lorakit.attach.group import Group
+from lorakit.attach.kinds import LinearKind, low_rank_kind
 from lorakit.attach.method import Draft, Method, Pair, TokenRows
+from lorakit.attach.reading import siblings
 from lorakit.attach.site import LowRank, Site, Slot
 from lorakit.core.route import Route
 from lorakit.errors import AdapterError, UsageError
@@ -91,12 +94,16 @@ class Host:
         self.epoch = 0
         self.lock = threading.RLock()
         self.flags = dict(flags)
+        self.together: list[tuple[str, ...]] = []  # paths of leaves that share an input
+        self.joined = False  # whether their sites know of each other
+        self.fed: dict[str, nn.Module] = {}  # feed-forward modules whose class is swapped
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.joined = False  # a copied site has no group
         self.lock = threading.RLock()
 
     # -- leaves ------------------------------------------------------------------------------------------------------
@@ -116,6 +123,45 @@ class Host:
             site = self.sites.get(path) or Site(path, None)
             wear(leaf, site, replaced)
             self.leaves[path], self.sites[path] = leaf, site
+        self._look_around(model)
+
+    def _look_around(self, model: nn.Module) -> None:
+        """Find which leaves share an input, and which feed-forward modules have all their layers adapted."""
+        below: dict[str, list[str]] = {}
+        for path in self.leaves:
+            parent, _, child = path.rpartition(".")
+            below.setdefault(parent, []).append(child)
+        together = []
+        for parent, children in below.items():
+            if len(children) < 2:
+                continue
+            module = model.get_submodule(parent)
+            cls = plain(type(module))
+            for names in siblings(cls):
+                shared = tuple(f"{parent}.{name}" if parent else name for name in names if name in children)
+                together += [shared] if len(shared) > 1 else []
+            if parent not in self.fed and feed(module):
+                self.fed[parent] = module
+        self.together, self.joined = together, False
+
+    def _join(self) -> None:
+        """Make the sites of leaves that share an input known to each other."""
+        for site in self.sites.values():
+            site.group = None
+        for paths in self.together:
+            members = [(self.leaves[path], self.sites[path]) for path in paths if path in self.leaves]
+            kinds = {low_rank_kind(type(leaf)) for leaf, _ in members}
+            if len(members) > 1 and len(kinds) == 1 and isinstance(next(iter(kinds)), LinearKind):
+                group = Group(members)
+                for _, site in members:
+                    site.group = group
+        self.joined = True
+
+    def part(self) -> None:
+        """Give the feed-forward modules their own classes back."""
+        for module in self.fed.values():
+            starve(module)
+        self.fed.clear()
 
     def undress(self, keep: Iterable[str] = ()) -> None:
         """Give every leaf that is not in `keep` its own class back."""
@@ -123,6 +169,8 @@ class Host:
         for path in [path for path in self.leaves if path not in kept]:
             bare(self.leaves.pop(path))
             del self.sites[path]
+        self.part()
+        self.joined = False
 
     def check_undressable(self) -> None:
         for leaf in self.leaves.values():
@@ -150,6 +198,8 @@ class Host:
             for record, _ in records:
                 self._bring(record)  # all that can fail, before anything is changed
             self._write_back()
+            if not self.joined:
+                self._join()
             self.epoch += 1
             self.state = state
             mark = torch.tensor(self.epoch, device="cpu")
@@ -244,8 +294,11 @@ def slot_for(leaf: nn.Module, path: str, draft: Draft, strength: float, suffix: 
         kind = low_rank_kind(type(leaf))
         if kind is None:
             raise TypeError(f"{path}: no kind is registered for {type(leaf).__name__}")
-        names = ("lora_At", kind.b_name) if home != path else (kind.a_name, kind.b_name)
-        low = low_rank_at(pair, names, strength, suffix, crossed=home != path)
+        crossed = (
+            home != path and kind.zero == "B"
+        )  # a head that takes the pair of the embedding whose weight it shares
+        names = ("lora_At", kind.b_name) if crossed else (kind.a_name, kind.b_name)
+        low = low_rank_at(pair, names, strength, suffix, crossed=crossed)
     raw = {
         name: low_rank_at(one, (f"lora_A_{name}", f"lora_Bt_{name}"), strength, suffix)
         for name, one in draft.raw.get(path, {}).items()

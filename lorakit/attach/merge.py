@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach.adapted import bare, wear
+from lorakit.attach.adapted import bare
 from lorakit.attach.api import Names, selection_of
 from lorakit.attach.host import KEY, Host, Merged, State, Untied, check_names, check_not_merged, host_of
 from lorakit.attach.kinds import low_rank_kind
@@ -59,6 +59,7 @@ def merge(
         host.switch(State())
         for leaf in host.leaves.values():
             bare(leaf)
+        host.part()
         host.merged = Merged(tuple(chosen), before, originals, _guard(model, originals, host), untied)
         try:
             difference = None if reference is None else float((_logits(model, probe) - reference).abs().max())
@@ -94,9 +95,7 @@ def unmerge(model: nn.Module) -> None:
         for handle in merged.handles:
             handle.remove()
         host.merged = None
-        needed = host.needed()
-        for path, site in host.sites.items():
-            wear(host.leaves[path], site, needed[path])
+        host.dress(model)
         host.switch(merged.before)
 
 

@@ -109,7 +109,8 @@ class Draft:
     def tensors(self) -> list[Tensor]:
         """Every trained tensor, in the model's order."""
         own = [tensor for group in self.replaced.values() for tensor in group.values()]
-        return self.low_rank() + own + [rows.rows for rows in self.tokens.values()]
+        found = self.low_rank() + own + [rows.rows for rows in self.tokens.values()]
+        return list({id(tensor): tensor for tensor in found}.values())  # a shared one once
 
     def paths(self) -> dict[str, None]:
         """The modules that the draft touches, each once."""

@@ -67,7 +67,7 @@ class Site:
     """The state of one adapted leaf. It does not refer to the host, so that a leaf can be copied on its own."""
 
     __slots__ = (
-        "active", "born", "epoch", "inner", "kept", "mark", "only", "path", "route", "seen", "thread",
+        "active", "born", "epoch", "group", "inner", "kept", "mark", "only", "path", "route", "seen", "thread",
     )  # fmt: skip
 
     def __init__(self, path: str, inner: Callable[..., Any] | None) -> None:
@@ -76,6 +76,7 @@ class Site:
         self.active: tuple[Slot, ...] = ()
         self.route: Route | None = None
         self.only: dict[int, int] = {}  # thread -> the one slot that is on while it computes a routed group; -1 = base
+        self.group: Any = None  # lorakit.attach.group.Group: the layers that share this one's input
         self.kept: dict[int, dict[str, Tensor]] = {}  # thread -> raw parameters as adapted, while a forward runs
         self.epoch = 0  # the host's epoch when this site was last switched
         self.seen = 0  # the epoch of the last forward outside a backward pass
@@ -85,7 +86,7 @@ class Site:
     def __getstate__(self) -> dict[str, Any]:
         """All but what holds in this process alone."""
         state = {name: getattr(self, name) for name in self.__slots__}
-        return state | {"born": 0, "thread": 0, "only": {}, "kept": {}}
+        return state | {"born": 0, "thread": 0, "only": {}, "kept": {}, "group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
@@ -158,7 +159,8 @@ def _updated(leaf: torch.nn.Module, site: Site, name: str, updates: list[LowRank
     total = base
     for low in updates:
         delta = raw_delta(leaf, site, name, low, base.dtype)
-        total = total + (guarded(delta, site.mark, site.epoch) if delta.requires_grad else delta)
+        checked = delta.requires_grad and not torch.compiler.is_compiling()
+        total = total + (guarded(delta, site.mark, site.epoch) if checked else delta)
     if kept is not None:
         kept[name] = total
     return total

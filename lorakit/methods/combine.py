@@ -146,7 +146,10 @@ class _Plan:
         if self.rule is not None and not self.how.endswith("svd"):
             return on_factors(job.updates, self.rule)
         rank = min(max(job.ranks()) if self.r is None else self.r // job.layout.groups, self._bound(job))
-        return truncated_sum(job.updates, rank) if self.rule is None else on_updates(job.updates, self.rule, rank)
+        try:
+            return truncated_sum(job.updates, rank) if self.rule is None else on_updates(job.updates, self.rule, rank)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # of infinite numbers
+            raise _too_large(job) from error
 
     def _bound(self, job: _Job) -> int:
         return min(job.bound(), sum(job.ranks())) if self.rule is None else job.bound()
@@ -263,9 +266,18 @@ def _harmonised(model: nn.Module, done: list[tuple[_Job, Result]]) -> list[Place
             a = torch.nn.functional.pad(a * (own / scale), (0, 0, 0, missing))
             b = torch.nn.functional.pad(b, (0, 0, 0, missing))
             A, Bt = job.layout.closed(a, b, job.dtype)
+            if not bool(A.isfinite().all() and Bt.isfinite().all()):
+                raise _too_large(job)
             bias = None if job.bias is None else (job.bias / scale).to(job.dtype)
             places.append(Place(job.path, job.name, A, Bt, rank * job.layout.groups, scale, bias))
     return places
+
+
+def _too_large(job: _Job) -> AdapterError:
+    return AdapterError(
+        f"{job.path}{'.' if job.name else ''}{job.name}: the combination has numbers that {job.dtype} cannot hold. Choose "
+        "smaller weights."
+    )
 
 
 def _home(model: nn.Module, job: _Job) -> str:

@@ -34,9 +34,8 @@ class Place:
 def configured(model: nn.Module, places: Sequence[Place], parts: Sequence[Part], draft: Draft) -> LoRA:
     """draft: with all that is trained in full in it. Raises AdapterError where no configuration says what the places do."""
     sizes = {place.path: (place.rank, _alpha(place.scale, place.rank)) for place in places}
-    sizes |= {
-        head: sizes[home] for head, home in draft.tied.items() if home in sizes
-    }  # PEFT sizes a head's by its own name
+    # PEFT looks a tied head's rank up by the head's own name
+    sizes |= {head: sizes[home] for head, home in draft.tied.items() if home in sizes}
     (r, alpha), _ = (Counter(sizes.values()).most_common(1) or [((LoRA.r, LoRA.alpha), 0)])[0]
     biased = any(place.bias is not None for place in places)
     attention = {place.path for place in places if place.name and is_attention(_class(model, place.path))}

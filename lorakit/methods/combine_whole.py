@@ -67,7 +67,7 @@ def _weighed(path: str, base: Tensor | None, own: Sequence[tuple[Tensor, float]]
     total = start.clone()
     for tensor, weight in own:
         total += weight * (tensor.detach().to(start) - start)
-    return total.to(dtype)
+    return _rounded(path, total, dtype)
 
 
 def _rows(path: str, weight: Tensor | None, own: Sequence[tuple[TokenRows, float]]) -> TokenRows:
@@ -83,7 +83,14 @@ def _rows(path: str, weight: Tensor | None, own: Sequence[tuple[TokenRows, float
     for rows, strength in own:
         at = torch.searchsorted(indices, rows.indices.to(weight.device))
         total[at] += strength * (rows.rows.detach().to(start) - start[at])
-    return TokenRows(indices, total.to(dtype))
+    return TokenRows(indices, _rounded(path, total, dtype))
+
+
+def _rounded(path: str, total: Tensor, dtype: torch.dtype) -> Tensor:
+    value = total.to(dtype)
+    if not bool(value.isfinite().all()):
+        raise AdapterError(f"{path}: the combination has numbers that {dtype} cannot hold. Choose smaller weights.")
+    return value
 
 
 def _check_ties(parts: Sequence[Part]) -> None:

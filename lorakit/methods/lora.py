@@ -167,6 +167,11 @@ class LoRA(Method):
             else:
                 draft.pairs[path] = starter.leaf(path, leaf)
         for path, name in self.raw_targets(model):
+            if path in draft.pairs or name in draft.raw.get(path, {}):
+                raise UsageError(
+                    f"{path}.{name} is in target_parameters, and its layer is adapted already (target_modules): the update would "
+                    "count twice. Leave it out of one of the two."
+                )
             draft.raw.setdefault(path, {})[name] = starter.raw(path, model.get_submodule(path), name)
         for path, name in self._replaced(model, leaves):
             own = model.get_submodule(path)._parameters[name]
@@ -174,6 +179,11 @@ class LoRA(Method):
                 raise TargetError(
                     f"{path}.{name} is quantised and cannot be trained in full. Leave it out of modules_to_save, or load the "
                     "base with that module unquantised."
+                )
+            if name in draft.raw.get(path, {}):
+                raise UsageError(
+                    f"{path}.{name} is trained in full (modules_to_save) and takes a low-rank update (target_parameters). Leave it "
+                    "out of one of the two."
                 )
             if own is not None:
                 draft.replaced.setdefault(path, {})[name] = own.detach().clone()

@@ -198,9 +198,14 @@ def rows_at(indices: Sequence[int], rows: Tensor) -> TokenRows:
 
 
 def tie_rows(draft: Draft, model: nn.Module) -> None:
-    """Have the heads that share an embedding's weight take its rows too."""
+    """Have the heads, and other embeddings, that share an embedding's weight take its rows too.
+
+    Where several that share one weight were named, each has rows of its own, and the rest stays as it is (as in PEFT).
+    """
     for path in draft.tokens:
-        draft.tied.update(dict.fromkeys(_sharers(model, path), path))
+        sharers = _sharers(model, path)
+        if draft.tokens.keys().isdisjoint(sharers):
+            draft.tied.update(dict.fromkeys(sharers, path))
 
 
 def _input_embeddings(model: nn.Module) -> str:
@@ -216,19 +221,21 @@ def _input_embeddings(model: nn.Module) -> str:
 
 
 def _sharers(model: nn.Module, path: str) -> list[str]:
-    """The linear layers that use the weight of the embedding at `path` as theirs."""
-    found = []
+    """The heads, and the embeddings of other parts (T5's decoder), that use the weight of the embedding at `path` as theirs."""
+    found: dict[nn.Module, str] = {}
     for name in shared_with(model, path, "weight"):
         owner, _, parameter = name.rpartition(".")
-        if parameter == "weight" and isinstance(low_rank_kind(plain(type(model.get_submodule(owner)))), LinearKind):
-            found.append(owner)
-    return found
+        module = model.get_submodule(owner)
+        if parameter == "weight" and isinstance(low_rank_kind(plain(type(module))), LinearKind | EmbeddingKind):
+            found.setdefault(module, owner)
+    found.pop(model.get_submodule(path), None)
+    return list(found.values())
 
 
 def tie(draft: Draft, model: nn.Module) -> None:
     """Have each head that shares an adapted embedding's weight take the embedding's pair, and its replaced weight, too."""
     for path in [*draft.pairs]:
-        if isinstance(low_rank_kind(plain(type(model.get_submodule(path)))), EmbeddingKind):
+        if path in draft.pairs and isinstance(low_rank_kind(plain(type(model.get_submodule(path)))), EmbeddingKind):
             heads = _sharers(model, path)
             if heads and draft.pairs[path].magnitude is not None:
                 raise UsageError(

@@ -235,6 +235,15 @@ def test_arguments_that_make_no_sense(weights, options, message):
     assert list(lk.adapters(model)) == before
 
 
+@pytest.mark.parametrize("how", HOWS)
+def test_weights_that_overflow_are_refused_and_nothing_changes(how):
+    model = llama("ab")
+    before = list(lk.adapters(model))
+    with pytest.raises(AdapterError, match=r"numbers that torch\.float32 cannot hold"):
+        combine(model, {"a": 1e308, "b": 1e308}, "new", how=how, **densities(how, 0.5))
+    assert list(lk.adapters(model)) == before
+
+
 def test_names_that_cannot_be():
     model = llama("ab")
     with pytest.raises(AdapterError, match=r"unknown adapter 'x'\. Attached: 'a', 'b'"):

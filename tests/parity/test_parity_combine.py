@@ -185,7 +185,7 @@ def test_peft_loads_combined_ties_whose_rank_is_not_the_other_layers(tmp_path):
     case = Case("llama", FIELDS)
     ours = tiny.llama(tie_word_embeddings=True)
     for name, targets, r in (("a", ["q_proj", "v_proj", "embed_tokens"], 2), ("b", ["embed_tokens"], 3)):
-        lk.attach(ours, lk.LoRA(r=r, target_modules=targets, ensure_weight_tying=True), name=name)
+        lk.attach(ours, lk.LoRA(r=r, alpha=2 * r**3, target_modules=targets, ensure_weight_tying=True), name=name)
         randomise(lk.parameters(ours, name))
     combine(ours, {"a": 0.7, "b": -0.4}, "new")
     lk.save(ours, tmp_path, name="new")

@@ -175,10 +175,10 @@ class LeafKind(ABC):
             part, active = flat[rows], site.active[slot]
             own = out[rows]
             base = self._only(site, slot, call, part).to(out.dtype) if active.own else own
-            out = out.index_copy(0, rows, self._alone(leaf, site, slot, base, part))
+            out = out.index_copy(0, rows, self._rows_alone(leaf, site, slot, base, part))
         return out.view(y.shape)
 
-    def _alone(self, leaf: nn.Module, site: Site, slot: int, base: Tensor, part: Tensor) -> Tensor:
+    def _rows_alone(self, leaf: nn.Module, site: Site, slot: int, base: Tensor, part: Tensor) -> Tensor:
         """Rows with one adapter, `base` being their output with its parameters but without its updates."""
         thread = this_thread()
         site.only[thread] = slot

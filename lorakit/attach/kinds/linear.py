@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from lorakit.attach.kinds.base import Call, LeafKind
 from lorakit.attach.site import LowRank, Site
+from lorakit.core import kernels
 from lorakit.core.autograd import LowRankLinear
 from lorakit.core.delta import add_low_rank_, delta_weight, low_rank
+from lorakit.core.siblings import Member, low_rank_siblings
 
 
 class LinearKind(LeafKind):
@@ -50,34 +52,63 @@ class LinearKind(LeafKind):
         return y.index_copy(-1, indices, own)
 
     def forward(self, leaf: nn.Module, site: Site, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if site.route is None and len(site.active) == 1 and not torch.compiler.is_compiling():
-            slot = site.active[0]
-            low = slot.low
-            if low is not None and low.plain and slot.rows is None:
-                if not torch.is_grad_enabled() and not (low.dropout and leaf.training):
-                    y: Tensor = call(x, *args, **kwargs)
-                    own = site.inner is None and type(leaf)._lk_stock  # type: ignore[attr-defined]  # y is no one else's
-                    if own and y.is_contiguous() and y.dtype == x.dtype and y.device == x.device:
-                        return add_low_rank_(y, x, *low.factors(leaf), low.scale)
-                    return self.applied(leaf, site, slot, y, x, y)
-                if self._fusable(leaf, site, x, low):
-                    A, Bt = low.factors(leaf)
-                    fused: Tensor = LowRankLinear.apply(  # type: ignore[no-untyped-call]
-                        x,
-                        leaf.weight,
-                        leaf.bias,
-                        A.to(x.dtype),
-                        Bt.to(x.dtype),
-                        low.scale,
-                        self.transposed,
-                        site.mark,
-                        site.epoch,
-                    )
-                    return fused
-        return super().forward(leaf, site, call, x, *args, **kwargs)
+        low = self.only_pair(site)
+        if low is None or torch.compiler.is_compiling():
+            return super().forward(leaf, site, call, x, *args, **kwargs)
+        dropping = bool(low.dropout) and leaf.training
+        if (
+            torch.is_grad_enabled() or dropping
+        ):  # a reentrant checkpoint's first pass must draw what its recompute draws
+            if kernels.fused and self.fusable(leaf, site, x):
+                return self._recorded(leaf, site, x, low)
+            return super().forward(leaf, site, call, x, *args, **kwargs)
+        y: Tensor = call(x, *args, **kwargs)
+        own = site.inner is None and type(leaf)._lk_stock  # type: ignore[attr-defined]  # y is no one else's
+        if own and y.is_contiguous() and y.dtype == x.dtype and y.device == x.device:
+            return add_low_rank_(y, x, *low.factors(leaf), low.scale)
+        return self.applied(leaf, site, site.active[0], y, x, y)
 
-    def _fusable(self, leaf: nn.Module, site: Site, x: Tensor, low: LowRank) -> bool:
-        """The fused function computes the stock product itself: only for a plain, dense, frozen weight of x's type."""
+    @staticmethod
+    def only_pair(site: Site) -> LowRank | None:
+        """The leaf's pair where it is the only thing that is on, and nothing but A and Bt."""
+        if site.route is not None or len(site.active) != 1:
+            return None
+        slot = site.active[0]
+        return slot.low if slot.low is not None and slot.low.plain and slot.rows is None else None
+
+    def _recorded(self, leaf: nn.Module, site: Site, x: Tensor, low: LowRank) -> Tensor:
+        """In one autograd node, with the layers that share the input where there are any."""
+        dropout = low.dropout if leaf.training else 0.0
+        group = site.group
+        if group is not None and group.whole:
+            y = group.taken(leaf, x)
+            if y is not None:
+                return y  # type: ignore[no-any-return]
+            members = [
+                (one, self.member(one, x.dtype)) for one, other in group.members if self._joins(one, other, x, low)
+            ]
+            if len(members) > 1 and group.whole:
+                return group.computed(leaf, x, members, dropout)  # type: ignore[no-any-return]
+        own = self.member(leaf, x.dtype)
+        if dropout:
+            return low_rank_siblings(x, [own], dropout, site.mark, site.epoch)[0]
+        return LowRankLinear.apply(x, *own, site.mark, site.epoch)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _joins(self, leaf: nn.Module, site: Site, x: Tensor, low: LowRank) -> bool:
+        """Whether a layer of the group takes part in a call on x."""
+        own = self.only_pair(site)
+        return own is not None and own.dropout == low.dropout and self.fusable(leaf, site, x)
+
+    def member(self, leaf: nn.Module, dtype: torch.dtype) -> Member:
+        """The leaf as an autograd function takes it, with its one active pair in `dtype`."""
+        site: Site = leaf._lk_site  # type: ignore[assignment]
+        low: LowRank = site.active[0].low  # type: ignore[assignment]
+        A, Bt = low.factors(leaf)
+        weight: Tensor = leaf.weight  # type: ignore[assignment]
+        return Member(weight, leaf.bias, A.to(dtype), Bt.to(dtype), low.scale, self.transposed)  # type: ignore[arg-type]
+
+    def fusable(self, leaf: nn.Module, site: Site, x: Tensor) -> bool:
+        """The fused functions compute the stock product themselves: only for a plain, dense, frozen weight of x's type."""
         weight = leaf.weight
         return (
             type(weight) in (nn.Parameter, Tensor)
@@ -85,7 +116,6 @@ class LinearKind(LeafKind):
             and weight.dtype == x.dtype
             and weight.device == x.device
             and site.inner is None
-            and not (low.dropout and leaf.training)
             and not torch.is_autocast_enabled(x.device.type)
             and type(leaf)._lk_stock  # type: ignore[attr-defined]
         )

@@ -1,0 +1,22 @@
+"""Dropout masks that cost little on a CPU: 16 random bits an element, four elements a draw.
+
+`nn.functional.dropout` draws one double an element from a serial generator, which costs more than the low-rank products
+that it is for. The probability is rounded to a multiple of 2^-16. The draws come from torch's own generator: a seed, a
+checkpoint's recompute and a resumed run give the same masks.
+"""
+
+import torch
+from torch import Tensor
+
+LEVELS = 2**16
+
+
+def keep_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
+    """(mask of bool, factor): which entries of a tensor shaped as `like` stay, and 1 / the share that does."""
+    drop = round(probability * LEVELS)
+    if like.device.type != "cpu":
+        return torch.rand_like(like, dtype=torch.float32) >= drop / LEVELS, LEVELS / (LEVELS - drop)
+    count = like.numel()
+    bits = torch.empty(-(-count // 4) or 1, dtype=torch.int64).random_(-(2**63), None)
+    mask = bits.view(torch.int16)[:count].view(like.shape) >= drop - LEVELS // 2  # int16 runs from -2^15
+    return mask, LEVELS / (LEVELS - drop)
