@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from lorakit.attach.adapted import plain
@@ -74,6 +75,9 @@ def find_targets(model: nn.Module, selection: Selection) -> dict[str, nn.Module]
         raise TargetError(_nothing_matched(model, selection))
     for path, module in found.items():
         _check_supported(path, module)
+        parent, _, name = path.rpartition(".")
+        if name in ("linear1", "linear2"):
+            _check_called(model.get_submodule(parent), path)
     return found
 
 
@@ -125,6 +129,17 @@ def find_parameters(model: nn.Module, names: Sequence[str]) -> list[tuple[str, s
         hint = f" Did you mean {', '.join(near)}?" if near else f" It has {', '.join(ends[:20])}."
         raise TargetError(f"target_parameters names {missed[0]!r}, which {type(model).__name__} does not have.{hint}")
     return found
+
+
+def _check_called(parent: nn.Module, path: str) -> None:
+    """Raise where PyTorch's encoder layer would read a layer's weight in evaluation, and never call it."""
+    fast = isinstance(parent, nn.TransformerEncoderLayer) and parent.self_attn.batch_first
+    if fast and parent.activation_relu_or_gelu and torch.backends.mha.get_fastpath_enabled():
+        raise TargetError(
+            f"{path} lies in a {type(parent).__name__} of PyTorch's, whose fast path for evaluation reads its weight without "
+            "calling it: an adapter there would be ignored. Call torch.backends.mha.set_fastpath_enabled(False) and leave it "
+            "so, or leave the layer out with exclude_modules (self_attn can be adapted either way)."
+        )
 
 
 def _check_supported(path: str, module: nn.Module) -> None:

@@ -166,6 +166,9 @@ class LoRA(Method):
                 starter.attention(draft, path, leaf)
             else:
                 draft.pairs[path] = starter.leaf(path, leaf)
+        for key in self.enable_lora:
+            if not any(pattern_value({key: True}, path, False) for path in draft.pairs):
+                raise TargetError(f"enable_lora names {key!r}, which none of the adapted layers is: {', '.join(leaves)}.")
         for path, name in self.raw_targets(model):
             if path in draft.pairs or name in draft.raw.get(path, {}):
                 raise UsageError(
@@ -182,8 +185,8 @@ class LoRA(Method):
                 )
             if name in draft.raw.get(path, {}):
                 raise UsageError(
-                    f"{path}.{name} is trained in full (modules_to_save) and takes a low-rank update (target_parameters). Leave it "
-                    "out of one of the two."
+                    f"{path}.{name} is trained in full (modules_to_save) and takes a low-rank update (target_parameters). Leave "
+                    "it out of one of the two."
                 )
             if own is not None:
                 draft.replaced.setdefault(path, {})[name] = own.detach().clone()

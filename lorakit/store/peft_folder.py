@@ -115,18 +115,17 @@ def to_tensors(draft: Draft, model: nn.Module, method: LoRA) -> dict[str, Tensor
     for head, path in draft.tied.items():
         if path in draft.pairs:  # PEFT writes the embedding's pair again as the head sees it
             a, bt = draft.pairs[path].factors()
-            tensors |= {f"{head}.{LINEAR[0]}": bt, f"{head}.{LINEAR[1]}": a}
+            embedding = isinstance(low_rank_kind(plain(type(model.get_submodule(head)))), EmbeddingKind)
+            names, first, second = (EMBEDDING, a.t(), bt.t()) if embedding else (LINEAR, bt, a)
+            tensors |= {f"{head}.{names[0]}": first, f"{head}.{names[1]}": second}
     tensors |= raw_tensors(draft)
     for path, rows in draft.tokens.items():
         asked = torch.tensor(method.token_indices(path), device=rows.indices.device)  # in the order that the file names
         tensors[f"{path}.{TOKENS}"] = rows.rows[torch.searchsorted(rows.indices, asked)]
-    written: set[int] = set()
     for path, group in draft.replaced.items():
         inside = f"{path}.base_layer" if path in draft.pairs else path
         for name, tensor in group.items():
-            if id(tensor) not in written:  # a head that is tied to its embedding is written once
-                tensors[f"{inside}{'.' if inside else ''}{name}"] = tensor
-                written.add(id(tensor))
+            tensors[f"{inside}{'.' if inside else ''}{name}"] = tensor
     return {f"{PREFIX}{key}": tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
 
 
@@ -213,17 +212,21 @@ def to_draft(parsed: Parsed, method: LoRA, model: nn.Module) -> tuple[Draft, lis
 def _drop_tied(draft: Draft, model: nn.Module, faults: list[str]) -> None:
     """Tie heads to their embeddings; a head's own pair in the file must be its embedding's, seen from the other side."""
     own = dict(draft.pairs)
+    whole = {f"{path}.{name}": tensor for path, group in draft.replaced.items() for name, tensor in group.items()}
     try:
         tie(draft, model)
     except LorakitError as error:
         faults.append(str(error))
+    for full, tensor in whole.items():
+        path, _, name = full.rpartition(".")
+        if not torch.equal(draft.replaced[path][name], tensor):
+            faults.append(f"{full}: says that it is tied (ensure_weight_tying), and differs from what it is tied to")
     for head, path in draft.tied.items():
         pair, home = own.get(head), own.get(path)
-        if (
-            pair is not None
-            and home is not None
-            and not (torch.equal(pair.A, home.Bt) and torch.equal(pair.Bt.t(), home.A))
-        ):
+        if pair is None or home is None:
+            continue
+        seen = (home.A, home.Bt) if pair.A.shape == home.A.shape else (home.Bt, home.A.t())
+        if not (torch.equal(pair.A, seen[0]) and torch.equal(pair.Bt, seen[1])):
             faults.append(f"{head}: says that it is tied to {path} (ensure_weight_tying), and has another pair")
 
 

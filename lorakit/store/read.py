@@ -183,6 +183,7 @@ def _on_model(found: AdapterFile, method: LoRA, model: nn.Module) -> tuple[LoRA,
         if path not in found.parsed.pairs
     ]
     faults += _missing_rows(found, method)
+    named |= {home for head, home in draft.tied.items() if head in named}
     faults += [f"{path}: in the file, but not named by target_modules" for path in draft.pairs if path not in named]
     faults += [
         f"{name}: trained in full according to {CONFIG}, but the file has no tensor for it"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.data import IGNORE
 from lorakit.errors import UsageError
+from lorakit.train.head import hidden_states, summed_cross_entropy
 
 Batch = Mapping[str, Tensor]
 
@@ -66,19 +67,40 @@ def _rows(batch: Batch) -> int:
 
 
 def _causal(model: nn.Module, batch: Batch, smoothing: float) -> LossSum:
-    """Position t predicts token t + 1. The head runs only on the columns in which some row has a target."""
+    """Position t predicts token t + 1. The head runs only where there is a target."""
     shifted = batch["labels"][:, 1:]  # (batch, seq - 1)
     columns = (shifted != IGNORE).any(0).nonzero().flatten()
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
-    if _takes_columns(type(model)):  # type: ignore[arg-type]
-        logits = model(**inputs, logits_to_keep=columns, use_cache=False).logits  # (batch, columns, vocab)
-    else:
-        logits = model(**inputs).logits[:, columns]
-    return _cross_entropy(logits, shifted[:, columns], smoothing)
+    sliced = _takes_columns(type(getattr(model, "module", model)))
+    if sliced:
+        inputs |= {"logits_to_keep": columns, "use_cache": False}
+    found = hidden_states(model, inputs)
+    if found is None:
+        logits = model(**inputs).logits  # (batch, columns, vocab)
+        return _cross_entropy(logits if sliced else logits[:, columns], shifted[:, columns], smoothing)
+    return _through_head(found, shifted[:, columns], smoothing, None if sliced else columns)
 
 
 def _seq2seq(model: nn.Module, batch: Batch, smoothing: float) -> LossSum:
-    return _cross_entropy(model(**batch).logits, batch["labels"], smoothing)
+    labels = batch["labels"]
+    shift = getattr(getattr(model, "module", model), "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:  # with labels the model would compute a loss of its own beside ours
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        inputs["decoder_input_ids"] = shift(labels=labels)
+        found = hidden_states(model, inputs)
+        if found is not None:
+            return _through_head(found, labels, smoothing)
+    return _cross_entropy(model(**batch).logits, labels, smoothing)
+
+
+def _through_head(
+    found: tuple[Tensor, nn.Module], labels: Tensor, smoothing: float, columns: Tensor | None = None
+) -> LossSum:
+    """The loss of the targets among `labels`, (batch, seq), from the hidden states that enter the head."""
+    hidden, head = found
+    wanted = labels != IGNORE
+    rows = (hidden if columns is None else hidden[:, columns])[wanted]  # (targets, dim)
+    return LossSum(summed_cross_entropy(rows, head, labels[wanted], smoothing), rows.shape[0])
 
 
 def _classification(model: nn.Module, batch: Batch, smoothing: float) -> LossSum:

@@ -284,3 +284,40 @@ def test_a_compiled_model_gives_the_same(kind: str) -> None:
     reference = torch.autograd.grad(expected.square().sum(), lk.parameters(model, "a"))
     for one, other in zip(torch.autograd.grad(found.square().sum(), lk.parameters(model, "a")), reference, strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
+
+
+def encoder() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double().eval()
+
+
+def test_a_layer_that_pytorchs_fast_path_reads_past_is_refused_until_that_is_off() -> None:
+    """The fast path reads `linear1.weight` and never calls linear1: PEFT's adapter there has no effect in evaluation."""
+    model, x = encoder(), torch.randn(2, 5, 8, dtype=torch.float64)
+    with pytest.raises(TargetError, match="fast path"):
+        lk.attach(model, lk.LoRA(r=2, target_modules=["linear1"]))
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        lk.attach(model, lk.LoRA(r=2, target_modules=["linear1", "self_attn"]))
+        grow(model, "default", std=0.5)
+        with torch.no_grad():
+            expected = model(x)
+            lk.merge(model, "default")
+            torch.testing.assert_close(model(x), expected, **CLOSE)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+@torch.no_grad()
+def test_attention_in_pytorchs_fast_path_reads_the_adapted_weights() -> None:
+    model, x = encoder(), torch.randn(2, 5, 8, dtype=torch.float64)
+    base = model(x)
+    lk.attach(model, lk.LoRA(r=2, target_modules=["self_attn"], modules_to_save=["norm1"]))
+    grow(model, "default", std=0.5)
+    fast = model(x)
+    assert (fast - base).abs().max() > 1e-2
+    with torch.enable_grad():
+        torch.testing.assert_close(model(x), fast, atol=1e-9, rtol=1e-9)  # the slow path
+    lk.merge(model, "default")
+    torch.testing.assert_close(model(x), fast, atol=1e-9, rtol=1e-9)

@@ -147,7 +147,9 @@ def test_three_steps_of_training_end_in_the_same_parameters(name: str, tmp_path:
     found, _ = stored(tmp_path / "ours")
     assert max(float((found[key] - start[key]).abs().max()) for key in found) > 1e-3
     for key, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[key], atol=1e-7, rtol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            tensor, expected[key], atol=1e-7, rtol=1e-7, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", GROUPED)
@@ -170,7 +172,9 @@ def test_a_grouped_convolution_is_the_same_in_peft_and_merges_here(name: str, tm
 
 
 @pytest.mark.parametrize("name", GROUPED)
-def test_petfs_dense_a_on_a_grouped_convolution_is_used_as_it_is_and_refuses_to_merge(name: str, tmp_path: Path) -> None:
+def test_petfs_dense_a_on_a_grouped_convolution_is_used_as_it_is_and_refuses_to_merge(
+    name: str, tmp_path: Path
+) -> None:
     case = GROUPED[name]
     theirs = theirs_of(case)
     theirs.save_pretrained(tmp_path / "peft")

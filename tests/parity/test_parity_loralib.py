@@ -4,11 +4,14 @@ off, and training steps end in the same A and B. Where loralib raises or is wron
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import loralib
 import pytest
+import tiny
 import torch
+from parity_cases import Case, logits, peft_load, randomise
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -85,11 +88,9 @@ def as_matrices(pair: Pair) -> tuple[Tensor, Tensor]:
     return pair.A, pair.Bt.t()
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("stored", [False, True], ids=["out-in", "fan-in-fan-out"])
+@pytest.mark.parametrize(("bias", "stored"), [(True, False), (False, False), (True, True)])
 def test_linear(bias: bool, stored: bool) -> None:
-    if stored and not bias:
-        pytest.skip("Hugging Face's Conv1D always has a bias")
+    """stored: as (in, out), fan_in_fan_out there and Hugging Face's Conv1D here, which always has a bias."""
     theirs = grown(loralib.Linear(6, 9, r=R, lora_alpha=ALPHA, bias=bias, fan_in_fan_out=stored))
     plain = _plain(theirs, 6, 9, stored)
     model, pair = adapted(plain)
@@ -157,6 +158,46 @@ def test_a_fused_projection_without_a_part_is_refused_where_loralib_fails_in_for
         adapted(nn.Linear(6, 9), enable_lora={"layer": [False, False, False]})
     with pytest.raises(lk.errors.TargetError, match="equal parts"):
         adapted(nn.Linear(6, 10), enable_lora={"layer": [True, False, True]})
+    with pytest.raises(lk.errors.TargetError, match="none of the adapted layers"):
+        adapted(nn.Linear(6, 9), enable_lora={"other": [True, False, True]})
+
+
+FUSED = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True, "rank_pattern": {"h.0.attn.c_attn": 3}},
+    "bias": {"lora_bias": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape:UserWarning")
+@pytest.mark.parametrize("name", FUSED)
+def test_gpt2s_query_and_value_go_through_peft_route_and_merge(name: str, tmp_path: Path) -> None:
+    fields = {"r": 2, "alpha": 3, "target_modules": ["c_attn", "c_fc"], "enable_lora": {"c_attn": [True, False, True]}}
+    model = tiny.gpt2()
+    base = logits(model)
+    lk.attach(model, lk.LoRA(**fields, **FUSED[name]), name="a")
+    assert torch.equal(logits(model), base)
+    lk.attach(model, lk.LoRA(**fields, **FUSED[name]), name="b")
+    for one in ("a", "b"):
+        randomise(lk.parameters(model, one))
+    lk.use(model, "a")
+    expected, close = logits(model), {"atol": 1e-5, "rtol": 1e-5}
+    assert (expected - base).abs().max() > 1e-3
+    lk.save(model, tmp_path, "a")
+    peft = Case("gpt2", {"r": 2, "target_modules": ["c_attn"]}, {"fan_in_fan_out": True})
+    torch.testing.assert_close(logits(peft_load(peft, tmp_path)), expected, **close)  # blocks of zeros, of rank 2 r
+    again = tiny.gpt2()
+    lk.load(again, tmp_path)
+    torch.testing.assert_close(logits(again), expected, **close)
+    with lk.route(model, ["b", None, "a"]):
+        torch.testing.assert_close(logits(model)[2], expected[2], **close)
+    lk.merge(model, "a")
+    torch.testing.assert_close(logits(model), expected, **close)
+    lk.unmerge(model)
+    for one in ("a", "b"):
+        lk.detach(model, one)
+    assert torch.equal(logits(model), base)
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": 1, "bias": False}], ids=str)

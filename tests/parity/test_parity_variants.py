@@ -96,7 +96,9 @@ def test_training_from_such_a_start_ends_in_the_same_function_and_files_go_both_
     lk.load(again, tmp_path / "peft")
     torch.testing.assert_close(outputs(again), expected, atol=1e-5, rtol=1e-4)
     lk.save(ours, tmp_path / "ours")
-    torch.testing.assert_close(outputs(peft_load(case, tmp_path / "ours", case.base(torch.float32))), outputs(ours), **EXACT)
+    torch.testing.assert_close(
+        outputs(peft_load(case, tmp_path / "ours", case.base(torch.float32))), outputs(ours), **EXACT
+    )
     once_more = case.base(torch.float32)
     lk.load(once_more, tmp_path / "ours")
     torch.testing.assert_close(outputs(once_more), outputs(ours), **EXACT)
@@ -203,9 +205,7 @@ def test_dora_on_a_grouped_convolution_is_right_here_and_petfs_file_of_it_is_ref
     delta = torch.cat([b @ a.flatten(1) for b, a in zip(pair.Bt.t().chunk(2), pair.A.chunk(2), strict=True)])
     total = conv.weight + 0.75 * delta.view_as(conv.weight)
     total = total * (pair.magnitude / total.flatten(1).norm(dim=1))[:, None, None, None]
-    torch.testing.assert_close(
-        ours.conv(batch(ours)), nn.functional.conv2d(batch(ours), total, conv.bias, groups=2)
-    )
+    torch.testing.assert_close(ours.conv(batch(ours)), nn.functional.conv2d(batch(ours), total, conv.bias, groups=2))
     theirs = get_peft_model(case.base(), case.config())
     randomise([parameter for parameter in theirs.parameters() if parameter.requires_grad])
     theirs.save_pretrained(tmp_path)
@@ -243,7 +243,9 @@ def test_lora_plus_has_petfs_groups_and_a_step_ends_in_the_same_parameters(name:
     groups = [{"params": [one], "lr": lr * rates.get(id(one), 1.0)} for one in lk.parameters(ours, "default")]
     mine = torch.optim.AdamW(groups, weight_decay=0.0)
     other = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio)
-    assert {group["lr"] for group in groups} == {group["lr"] for group in other.param_groups if group["params"]} - {1e-6}
+    assert {group["lr"] for group in groups} == {group["lr"] for group in other.param_groups if group["params"]} - {
+        1e-6
+    }
     for group in other.param_groups:
         wanted = sum(p.numel() for g in other.param_groups if g["lr"] == group["lr"] for p in g["params"])
         assert sum(g["params"][0].numel() for g in groups if g["lr"] == group["lr"]) == wanted
@@ -254,7 +256,9 @@ def test_lora_plus_has_petfs_groups_and_a_step_ends_in_the_same_parameters(name:
     lk.save(ours, tmp_path / "ours")
     expected, _ = stored(tmp_path / "peft")
     for key, tensor in stored(tmp_path / "ours")[0].items():
-        torch.testing.assert_close(tensor, expected[key], atol=1e-9, rtol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            tensor, expected[key], atol=1e-9, rtol=1e-9, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def _without_ratio(case: Any) -> dict[str, Any]:
@@ -322,8 +326,13 @@ MODELS = {
     "tokens-untied": Transformers(
         "llama", FIELDS | {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 4]}}
     ),
+    "tokens-of-two-embeddings": Transformers(  # of one weight: PEFT trains each apart, and leaves the head
+        "t5", FIELDS | {"target_modules": ["q"], "trainable_token_indices": {"embed_tokens": [3, 7]}}
+    ),
     # PEFT ties layers that are called embed_tokens and lm_head, and no others (GPT-2's wte)
-    "tying": Transformers("llama-tied", FIELDS | {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
+    "tying": Transformers(
+        "llama-tied", FIELDS | {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
+    ),
     "tying-both": Transformers(
         "llama-tied", FIELDS | {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "ensure_weight_tying": True}
     ),
