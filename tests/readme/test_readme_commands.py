@@ -76,7 +76,7 @@ def test_readme_commands_run_as_printed(clone, path_of_clone):
     assert (clone / "runs" / "prompt-completion" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/from-peft.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/from-peft.md", "docs/combine.md"])
 def test_python_snippets_run_as_printed(clone, path_of_clone, page, tmp_path):
     snippets = blocks(ROOT / page, "python")
     assert snippets
