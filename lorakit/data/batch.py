@@ -1,4 +1,4 @@
-"""Rows -> batches: padding to the longest of the batch, and an order that puts rows of like length together."""
+"""Rows -> batches: padding to the longest of the batch, and orders that put rows of like length together."""
 
 import random
 from collections.abc import Sequence
@@ -28,17 +28,18 @@ def collate(items: Sequence[Encoded], *, pad_id: int, task: str, side: str = "ri
         raise UsageError("A batch needs at least one row, came none.")
     rows = [item.input_ids for item in items]
     batch = {
-        "input_ids": _padded(rows, pad_id, side),
-        "attention_mask": _padded([[1] * len(row) for row in rows], 0, side),
+        "input_ids": padded(rows, pad_id, side),
+        "attention_mask": padded([[1] * len(row) for row in rows], 0, side),
     }
     types = [item.token_type_ids for item in items if item.token_type_ids is not None]
     if len(types) == len(items):
-        batch["token_type_ids"] = _padded(types, 0, side)
-    batch["labels"] = _labels(items, task, side)
+        batch["token_type_ids"] = padded(types, 0, side)
+    batch["labels"] = labels_of(items, task, side)
     return batch
 
 
-def _labels(items: Sequence[Encoded], task: str, side: str) -> Tensor:
+def labels_of(items: Sequence[Encoded], task: str, side: str = "right") -> Tensor:
+    """The labels of a batch, as `collate` says. Raises UsageError for rows of another task."""
     single = [item.labels for item in items if not isinstance(item.labels, list)]
     several = [item.labels for item in items if isinstance(item.labels, list)]
     if len(single if task == CLASSIFICATION else several) != len(items):
@@ -46,10 +47,11 @@ def _labels(items: Sequence[Encoded], task: str, side: str) -> Tensor:
     if task == CLASSIFICATION:
         scores = any(isinstance(label, float) for label in single)
         return torch.tensor(single, dtype=torch.float32 if scores else torch.long)
-    return _padded(several, IGNORE, "right" if task == SEQ2SEQ else side)
+    return padded(several, IGNORE, "right" if task == SEQ2SEQ else side)
 
 
-def _padded(rows: Sequence[list[int]], fill: int, side: str) -> Tensor:
+def padded(rows: Sequence[list[int]], fill: int, side: str = "right") -> Tensor:
+    """(rows, longest): each row filled up to the longest."""
     longest = max(map(len, rows))
     blanks = ([fill] * (longest - len(row)) for row in rows)
     return torch.tensor([row + pad if side == "right" else pad + row for row, pad in zip(rows, blanks, strict=True)])
@@ -96,3 +98,49 @@ class BatchOrder:
 
     def _cut(self, rows: Sequence[int]) -> list[list[int]]:
         return [list(rows[begin : begin + self.batch_size]) for begin in range(0, len(rows), self.batch_size)]
+
+
+class TokenOrder:
+    """Batches of a bounded number of tokens: each holds as many rows of like length as fit. Every row once an epoch.
+
+    Rows are sorted by length, those of one length shuffled, and cut where rows times the longest of them would pass
+    `batch_tokens`; then the batches are shuffled. Where it is cut follows from the lengths alone, so every epoch has as
+    many batches. A row longer than `batch_tokens` comes alone. Deterministic as BatchOrder is.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_tokens: int, seed: int) -> None:
+        """lengths: tokens of each row. batch_tokens: the most tokens of a batch, padding included. Raises UsageError."""
+        if batch_tokens < 1:
+            raise UsageError(f"batch_tokens must be at least 1, came {batch_tokens}")
+        self.lengths = list(lengths)
+        self.batch_tokens = batch_tokens
+        self.seed = seed
+        self._count = len(self.evaluation())
+
+    def __len__(self) -> int:
+        """How many batches an epoch has."""
+        return self._count
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch, as row numbers."""
+        draw = random.Random(f"{self.seed}:{epoch}")
+        rows = list(range(len(self.lengths)))
+        draw.shuffle(rows)
+        batches = self._cut(rows)
+        draw.shuffle(batches)
+        return batches
+
+    def evaluation(self) -> list[list[int]]:
+        """The batches for measuring: all rows, longest first, nothing drawn."""
+        return self._cut(range(len(self.lengths)))
+
+    def _cut(self, rows: Sequence[int]) -> list[list[int]]:
+        batches: list[list[int]] = []
+        left = 0
+        for row in sorted(rows, key=self.lengths.__getitem__, reverse=True):  # stable, in reverse too
+            if not left:
+                batches.append([])
+                left = max(1, self.batch_tokens // max(1, self.lengths[row]))  # the first of a batch is its longest
+            batches[-1].append(row)
+            left -= 1
+        return batches

@@ -2,7 +2,7 @@
 
 from lorakit.report.build import run_report
 from lorakit.report.metrics import read_metrics
-from lorakit.report.parts import Curve, Fact, Report, Sample, Table
+from lorakit.report.parts import Curve, Fact, Picture, Report, Sample, Table
 from lorakit.report.pictures import save_picture
 from lorakit.report.svg import curve_svg
 from lorakit.report.write import write_report
@@ -10,6 +10,7 @@ from lorakit.report.write import write_report
 __all__ = [
     "Curve",
     "Fact",
+    "Picture",
     "Report",
     "Sample",
     "Table",

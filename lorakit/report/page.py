@@ -5,7 +5,7 @@ from importlib import resources
 from typing import Any
 
 from lorakit.report.parts import Fact, Report, Table
-from lorakit.report.svg import curve_svg
+from lorakit.report.svg import curve_svg, inline_svg
 from lorakit.report.text import clean, number, one_line
 
 _NUMBER = re.compile(r"[-+−±]?\d[\d.,]*(e[-+−]?\d+)?( ?[%×]| [A-Za-z/]{1,8})?")  # with its sign and unit
@@ -32,6 +32,7 @@ def render(report: Report) -> str:
             css=Markup((room / "page.css").read_text(encoding="utf-8")),
             facts=[Fact(*fact) for fact in report.facts],
             pictures=[(curve.title, Markup(curve_svg(curve))) for curve in report.curves if curve.drawable()],
+            explained=[(one, Markup(inline_svg(one.svg, one.title))) for one in report.pictures],
             tables=[(table, _numeric(table)) for table in report.tables if table.columns and table.rows],
             shown=SHOWN,
         )

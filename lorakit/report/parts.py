@@ -1,7 +1,8 @@
 """What a report is made of: plain values, each part of which may be missing.
 
 Report ── facts     headline figures (Fact)
-       ├─ curves    pictures (Curve)
+       ├─ curves    pictures of lines over steps (Curve)
+       ├─ pictures  other pictures, explained (Picture)
        ├─ tables    (Table)
        ├─ samples   one prompt, before and after (Sample)
        └─ title, claim, warnings, next_steps, recipe_yaml
@@ -47,6 +48,15 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture drawn elsewhere, by matplotlib as SVG, and what a reader sees in it."""
+
+    title: str
+    svg: bytes
+    text: str
+
+
+@dataclass(frozen=True)
 class Table:
     """A table of words and numbers. Raises UsageError for a row that has not one cell a column."""
 
@@ -85,6 +95,7 @@ class Report:
     claim: str = ""  # the one sentence that a reader should leave with
     facts: Sequence[tuple[str, str] | Fact] = ()  # (label, value) or Fact(label, value, note)
     curves: Sequence[Curve] = ()
+    pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
     samples: Sequence[Sample] = ()
     next_steps: Sequence[tuple[str, str]] = ()  # (what for, the command)

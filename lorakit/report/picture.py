@@ -46,7 +46,7 @@ def draw(curve: Curve, form: str, *, titled: bool, dpi: float = 100) -> bytes:
             f"curve {curve.title!r}: expected at least one point with finite x and y, none came. Leave the curve out."
         )
     out = io.BytesIO()
-    with _own_style():
+    with own_style():
         figure = _figure(curve, series, titled)
         metadata = {"Date": None} if form == "svg" else {"Software": None}
         figure.savefig(out, format=form, dpi=dpi, metadata=metadata, transparent=form == "svg")
@@ -54,7 +54,7 @@ def draw(curve: Curve, form: str, *, titled: bool, dpi: float = 100) -> bytes:
 
 
 @contextmanager
-def _own_style() -> Iterator[None]:
+def own_style() -> Iterator[None]:
     """matplotlib's defaults and ours, whatever the user's own are; both theirs and the warning filters come back.
 
     Both are a process's own, not a thread's: hence the lock.

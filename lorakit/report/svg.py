@@ -21,9 +21,13 @@ def curve_svg(curve: Curve) -> str:
     It refers to nothing outside itself, text is text, and the title is its accessible name (it is not drawn).
     Raises UsageError where the curve has no finite point.
     """
-    drawn = draw(curve, "svg", titled=False)
+    return inline_svg(draw(curve, "svg", titled=False), curve.title)
+
+
+def inline_svg(drawn: bytes, title: str) -> str:
+    """A picture that matplotlib drew as SVG, as an <svg> element for an HTML page; title: its accessible name."""
     root = ET.fromstring(drawn)
-    prefix = "c" + hashlib.sha256(drawn + curve.title.encode(errors="replace")).hexdigest()[:10]
+    prefix = "c" + hashlib.sha256(drawn + title.encode(errors="replace")).hexdigest()[:10]
     used = set(_REFERENCE.findall(drawn.decode())) | {
         value.removeprefix("#") for node in root.iter() for name, value in node.items() if _bare(name) == "href"
     }
@@ -33,7 +37,7 @@ def curve_svg(curve: Curve) -> str:
     box = root.get("viewBox", "")
     root.attrib.clear()
     root.attrib.update({"viewBox": box, "role": "img", "stroke-linejoin": "round", "class": "curve"})
-    root.set("aria-label", clean(curve.title))
+    root.set("aria-label", clean(title))
     return ET.tostring(root, encoding="unicode", short_empty_elements=True)
 
 
@@ -60,7 +64,7 @@ def _settle(node: ET.Element, prefix: str, used: set[str]) -> None:
             continue
         if name == "id":
             value = f"{prefix}-{value}"
-        elif name == "href":
+        elif name == "href" and not value.startswith("data:"):  # the cells of a heat map are an image inside the picture
             value = f"#{prefix}-{value.removeprefix('#')}"
         elif name == "style":
             value = _COLOUR.sub(lambda found: f"var({_VARIABLES[found[0]]}, {found[0]})", _FONT.sub("", value))

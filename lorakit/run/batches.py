@@ -17,15 +17,20 @@ from lorakit.data import (
     describe,
     encode_all,
 )
+from lorakit.data.batch import TokenOrder
+from lorakit.data.pack import PACK_LENGTH, collate_packed, pack_rows
+from lorakit.errors import RecipeError, UsageError
 from lorakit.models import Loaded
 from lorakit.models.limits import longest_row
 from lorakit.run.recipe import IMAGE_CLASSIFICATION, Recipe
+from lorakit.train.loss import Objective
+from lorakit.train.packed import packed_objective, packing_for
 
 
 class OrderedBatches(ABC):
     """The batches of a data set; the same for the same seed and epoch. A subclass makes a batch from row numbers."""
 
-    def __init__(self, order: BatchOrder) -> None:
+    def __init__(self, order: BatchOrder | TokenOrder) -> None:
         self.order = order
 
     def __len__(self) -> int:
@@ -44,7 +49,11 @@ class OrderedBatches(ABC):
 
 
 class EncodedBatches(OrderedBatches):
-    """Batches of token ids. pad_id: the tokenizer's padding token."""
+    """Batches of token ids. pad_id: the tokenizer's padding token.
+
+    batch_tokens: in place of batch_size, the most tokens of a batch. pack_length: of a packed row in the batches of an
+    epoch, where packing saves padding; None = every example has a row to itself, as it always has for measuring.
+    """
 
     def __init__(
         self,
@@ -55,12 +64,45 @@ class EncodedBatches(OrderedBatches):
         batch_size: int,
         seed: int,
         group_by_length: bool = True,
+        batch_tokens: int | None = None,
+        pack_length: int | None = None,
     ) -> None:
-        super().__init__(BatchOrder([len(row.input_ids) for row in rows], batch_size, seed, group_by_length))
-        self.rows, self.task, self.pad_id = rows, task, pad_id
+        lengths = [_length(row, task) for row in rows]
+        order = BatchOrder(lengths, batch_size, seed, group_by_length)
+        super().__init__(order if batch_tokens is None else TokenOrder(lengths, batch_tokens, seed))
+        self.rows, self.task, self.pad_id, self.pack_length = rows, task, pad_id, pack_length
+
+    def make(self, epoch: int, start: int) -> Iterator[dict[str, Tensor]]:
+        return (self._packed(rows) for rows in self.order.epoch(epoch)[start:])
+
+    def padding(self, batches: int = 200) -> float:
+        """Positions a real token, 1 where there is no padding, in the first batches of training as they will be made."""
+        made = [[len(self.rows[row].input_ids) for row in rows] for rows in self.order.epoch(0)[:batches]]
+        return sum(map(self._positions, made)) / max(1, sum(map(sum, made)))
+
+    def _positions(self, lengths: Sequence[int]) -> int:
+        rows = self._layout(lengths)
+        return len(rows) * max(sum(lengths[number] for number in row) for row in rows)
+
+    def _layout(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Which of a batch's examples share a row."""
+        return [[n] for n in range(len(lengths))] if self.pack_length is None else pack_rows(lengths, self.pack_length)
+
+    def _packed(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        items = [self.rows[number] for number in numbers]
+        rows = self._layout([len(item.input_ids) for item in items])
+        if len(rows) == len(items):  # nothing to save
+            return self._batch(numbers)
+        return collate_packed(items, rows, pad_id=self.pad_id, task=self.task)
 
     def _batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         return collate([self.rows[number] for number in numbers], pad_id=self.pad_id, task=self.task)
+
+
+def _length(row: Encoded, task: str) -> int:
+    """The tokens of a row that a batch's bound counts: of seq2seq the longer of source and target."""
+    target = len(row.labels) if task == "seq2seq" and isinstance(row.labels, list) else 0
+    return max(len(row.input_ids), target)
 
 
 class ImageBatches(OrderedBatches):
@@ -115,7 +157,47 @@ def batches_of(recipe: Recipe, loaded: Loaded, rows: Sequence[Any]) -> OrderedBa
         batch_size=size,
         seed=seed,
         group_by_length=recipe.train.group_by_length,
+        batch_tokens=recipe.train.batch_tokens,
     )
+
+
+def packed(
+    recipe: Recipe, loaded: Loaded, batches: Any, objective: Objective, *, own_loss: bool, note: Callable[[str], None]
+) -> Objective:
+    """Have `batches` pack its rows where the recipe wants it and the model takes it; returns the objective for them.
+
+    A loss of one's own is given rows as it knows them, one example each. Raises RecipeError for `packing: true` where it
+    cannot be, and for settings that would do nothing.
+    """
+    train = recipe.train
+    if not isinstance(batches, EncodedBatches) and (train.batch_tokens or train.pack_length or train.packing is True):
+        raise RecipeError(
+            f"train.batch_tokens, packing and pack_length are of rows of tokens, and {recipe.task} has none. Leave them out."
+        )
+    if not train.packing or not isinstance(batches, EncodedBatches):
+        return objective
+    try:
+        if own_loss:
+            raise UsageError("a loss of one's own is given one example a row.")
+        packing = packing_for(loaded.model, recipe.task, pad_id=batches.pad_id)
+    except UsageError as error:
+        if train.packing is True or train.pack_length is not None:
+            raise RecipeError(f"train.packing is wanted, but {error} Leave it and train.pack_length out.") from error
+        note(f"rows are not packed: {error}")
+        return objective
+    padded, batches.pack_length = batches.padding(), _pack_length(train.pack_length, loaded)
+    note(f"rows are packed: {padded:.2f} -> {batches.padding():.2f} positions a token")
+    return packed_objective(objective, packing)
+
+
+def _pack_length(wanted: int | None, loaded: Loaded) -> int:
+    """Positions restart in a packed row, but some models have buffers of their longest row's size."""
+    limit = longest_row(loaded.model, loaded.tokenizer)
+    if wanted is not None and limit is not None and wanted > limit:
+        raise RecipeError(
+            f"train.pack_length is {wanted}, but the model takes rows of at most {limit} tokens. Lower it."
+        )
+    return wanted or min(PACK_LENGTH, limit or PACK_LENGTH)
 
 
 def told(recipe: Recipe, dataset: Dataset, rows: Sequence[Any]) -> str:

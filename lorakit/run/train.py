@@ -20,13 +20,14 @@ from lorakit.generate import generate
 from lorakit.methods.lora import LoRA
 from lorakit.models import Loaded, load
 from lorakit.report import Report, Sample, run_report, write_report
-from lorakit.run.batches import OrderedBatches, batches_of, encode_rows, longest, told
+from lorakit.run.batches import OrderedBatches, batches_of, encode_rows, longest, packed, told
 from lorakit.run.begin import begin_from
 from lorakit.run.check import check_class_metrics, check_fits, check_recipe
 from lorakit.run.device import best_device, model_bytes, peak_memory
 from lorakit.run.diffusion.config import TEXT_TO_IMAGE
 from lorakit.run.folder import RunFolder, finite
 from lorakit.run.listen import Listener
+from lorakit.run.prefix import prefixed
 from lorakit.run.recipe import CLASSIFIERS, Recipe, load_recipe, to_yaml
 from lorakit.run.result import RunResult
 from lorakit.run.resume import check_same, fingerprint
@@ -36,6 +37,7 @@ from lorakit.store.files import write_text
 from lorakit.train.config import TrainConfig
 from lorakit.train.loop import Hooks, Trainer
 from lorakit.train.loss import Objective, custom_objective, mean_loss, objective_for
+from lorakit.train.prune import pruned_objective
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
@@ -221,21 +223,21 @@ class Run:
             row=self.add_row,
             evaluate=self.evaluate if self.eval_rows else None,
             higher_is_better=lambda name: name in METRICS and METRICS[name].higher_is_better,
-            checkpoint=self.checkpoint,
+            checkpoint=lambda trainer: trainer.save(self.folder.checkpoint),
         )
-        batches = self.batches(self.train_rows)
+        batches, note = self.batches(self.train_rows), self.listener.note
+        self.objective = packed(self.recipe, self.loaded, batches, self.objective, own_loss=own is not None, note=note)
+        if settings.prune_last_block and own is None:
+            self.objective, self.measured = (pruned_objective(one, self.model) for one in (self.objective, self.measured))
         trained, rates = parameters(self.model, NAME), learning_rates(self.model, NAME)
-        trainer = Trainer(self.model, trained, batches, self.objective, settings, hooks, rates)
+        feed, self.objective = prefixed(self.recipe, self.model, batches, self.objective, own_loss=bool(own), note=note)
+        trainer = Trainer(self.model, trained, feed, self.objective, settings, hooks, rates)
         self.total_steps = trainer.total
         return trainer
 
     def start(self) -> dict[str, Any]:
         """What a resumed run has to know of the beginning."""
-        return {
-            "before": finite(self.before),
-            "answers_before": self.answers_before,
-            "data": self.data_key(),
-        }
+        return {"before": finite(self.before), "answers_before": self.answers_before, "data": self.data_key()}
 
     def data_key(self) -> str:
         return fingerprint(self.train_rows)
@@ -260,9 +262,6 @@ class Run:
     def add_row(self, row: Mapping[str, float]) -> None:
         self.folder.add_row(row)
         self.listener.row(row, self.total_steps)
-
-    def checkpoint(self, trainer: Trainer) -> None:
-        trainer.save(self.folder.checkpoint)
 
     def evaluate(self) -> dict[str, float]:
         """The eval loss, and for classification its metrics: quick enough for every time."""

@@ -18,6 +18,13 @@ class TrainConfig:
     """Optimizer steps at the most; None = what `epochs` gives."""
     batch_size: int = 8
     """Examples in one forward pass."""
+    batch_tokens: int | None = None
+    """In place of batch_size: the most tokens in one forward pass, padding included; as many examples of like length as fit
+    (an example that is longer comes alone)."""
+    packing: bool | str = "auto"
+    """Several examples in one row, none of which sees another: auto = where the model takes it and it saves padding."""
+    pack_length: int | None = None
+    """The most tokens of a packed row; None = 256, or the batch's longest example where it has more."""
     accumulate: int = 1
     """Forward passes per optimizer step; the loss is normalised over all of them together."""
     lr: float = 2.0e-4
@@ -38,6 +45,15 @@ class TrainConfig:
     """fp32, or autocast to bf16 or fp16 (fp16 on a GPU only)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    prefix_cache: bool | str = "auto"
+    """Compute the states below the first adapted block once for each training row and keep them: auto = where that is exact
+    (nothing is trained and nothing random below it) and rows are seen more than once."""
+    prefix_memory: float = 1.0
+    """GiB of memory that kept states may take; what is beyond goes to a nameless file in the run's folder."""
+    prefix_disk: float = 16.0
+    """GiB of that file; where the states need more, they are not kept."""
+    prune_last_block: bool = True
+    """Run the last block only at the position that a classification head reads: exact, for BERT, RoBERTa, Llama and GPT-2."""
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread over all classes."""
     group_by_length: bool = True
@@ -56,6 +72,7 @@ class TrainConfig:
     """Steps between rows of metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        self._check_batching()
         for name in ("max_steps", "batch_size", "accumulate", "eval_every", "save_every", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -63,7 +80,7 @@ class TrainConfig:
         for name in ("epochs", "lr"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"train.{name} must be above 0, not {getattr(self, name)}.")
-        for name in ("warmup", "weight_decay"):
+        for name in ("warmup", "weight_decay", "prefix_memory", "prefix_disk"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"train.{name} must not be negative, not {getattr(self, name)}.")
         for name in ("beta1", "beta2", "label_smoothing"):
@@ -74,3 +91,17 @@ class TrainConfig:
         for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("keep", ("best", "last"))):
             if getattr(self, name) not in known:
                 raise UsageError(f"train.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}.")
+
+    def _check_batching(self) -> None:
+        if self.prefix_cache not in (True, False, "auto"):
+            raise UsageError(f"train.prefix_cache must be auto, true or false, not {self.prefix_cache!r}.")
+        for name in ("batch_tokens", "pack_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"train.{name} must be at least 1, not {value}.")
+        if self.packing not in (True, False, "auto"):
+            raise UsageError(f"train.packing must be auto, true or false, not {self.packing!r}.")
+        if self.packing is False and self.pack_length is not None:
+            raise UsageError("train.pack_length does nothing without train.packing. Leave it out.")
+        if self.batch_tokens is not None and not self.group_by_length:
+            raise UsageError("train.batch_tokens puts rows of like length together: leave train.group_by_length true.")

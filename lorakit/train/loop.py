@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
+from lorakit.data.pack import counts
 from lorakit.errors import TrainingError, UsageError
 from lorakit.train.config import TrainConfig
 from lorakit.train.loss import Batch, Objective
@@ -147,10 +148,10 @@ class Trainer:
         self.good = snapshot(self.parameters)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = sum(int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0 for batch in group)
+        examples, tokens = (sum(one) for one in zip(*map(counts, group), strict=True))
         seconds = time.perf_counter() - begin
         state.step, state.batch, state.tokens = state.step + 1, state.batch + len(group), state.tokens + tokens
-        state.examples += sum(next(iter(batch.values())).shape[0] for batch in group)
+        state.examples += examples
         state.seconds += seconds
         if state.step % self.config.log_every == 0 or state.step == self.total:
             speed = {"tokens_per_second": tokens / seconds} if tokens else {}  # batches of images have none

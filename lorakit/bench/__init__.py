@@ -1,0 +1,1 @@
+"""Measurements against what else there is, side by side in one process: what `lorakit bench` runs."""
