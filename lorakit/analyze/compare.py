@@ -13,7 +13,7 @@ from lorakit.errors import UsageError
 
 SHOWN = 64  # directions of either side in a kept grid; the paper's figures show as many
 WIDE, WIDEST = 16, 256  # the weight's directions that stand beside an update: so many times its rank, and at most
-KINDS, LAYERS = 4, 4  # types of matrices, and layers, of which grids are kept
+KINDS, LAYERS = 8, 4  # types of matrices, and layers, of which grids are kept
 TOGETHER = 8  # directions that are compared between layers
 
 

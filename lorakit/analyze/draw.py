@@ -91,7 +91,7 @@ def _colour_bar(figure: "Figure", image: "AxesImage", axes: Sequence["Axes"], sc
 def _height(row: Sequence[Panel], width: float) -> float:
     """A panel's height in inches: its cells are square, but no panel is a stripe or a tower."""
     ratios = [len(panel.values) / max(1, len(panel.values[0])) for panel in row]
-    return 0.75 + (width - 0.7) * min(1.3, max(0.3, *ratios))
+    return 0.75 + (width - 0.7) * min(1.3, max(0.35, *ratios))
 
 
 def _heat_map(axes: "Axes", panel: Panel, top: float) -> "AxesImage":

@@ -143,7 +143,8 @@ def _layers(analysis: Analysis) -> Plan | None:
     if not grids:
         return None
     panels = [_layer_panel(grid, grid.kind, grid.phi) for grid in grids]
-    panels.append(_layer_panel(grids[0], "random", grids[0].control))
+    narrow = _narrowest(grids)
+    panels.append(_layer_panel(narrow, "random", narrow.control))
     top = max(value for panel in panels for row in panel.values for value in row if math.isfinite(value))
     text = (
         "φ(k, k) between the updates of every two layers, k the smallest of their ranks but at most 8, without the diagonal, "
@@ -157,6 +158,11 @@ def _layers(analysis: Analysis) -> Plan | None:
 def _layer_panel(grid: Grid, title: str, values: Tensor) -> Panel:
     names = [str(layer) for layer in grid.layers]
     return Panel(title, values.clone().fill_diagonal_(math.nan).tolist(), "layer", "layer", names, names)
+
+
+def _narrowest(grids: Sequence[Grid]) -> Grid:
+    """The grid whose control is the highest: that of the narrowest matrices."""
+    return max(grids, key=lambda grid: float(grid.control.mean()))
 
 
 def _wrap(panels: Sequence[Panel]) -> list[list[Panel]]:
@@ -177,7 +183,8 @@ def _adapters(analysis: Analysis) -> Plan | None:
     if not grids:
         return None
     panels = [_pair_panel(grid, grid.kind, grid.phi) for grid in grids]
-    panels.append(_pair_panel(grids[0], "random", grids[0].control))
+    narrow = _narrowest(grids)
+    panels.append(_pair_panel(narrow, "random", narrow.control))
     figure, told = ("3", "ranks") if _figure(analysis) == "ranks" else ("4", "seeds")
     text = (
         f"As the paper's Figure {figure} (two {told}), the mean over the layers: the cell (i, j) is the share of the first i "
@@ -219,13 +226,16 @@ def _weight(analysis: Analysis) -> Plan | None:
     grids = analysis.grids_of("weight")
     if not grids:
         return None
-    rows = [
-        [
+    panels = [
+        panel
+        for grid in grids
+        for panel in (
             Panel(f"{grid.kind}, layer {grid.layer}", grid.phi.tolist(), "j, of W", "i, of dW"),
             Panel("random", grid.control.tolist(), "j, of W", "i, random"),
-        ]
-        for grid in grids
+        )
     ]
+    across = 4 if len(grids) > 2 else 2
+    rows = [panels[start : start + across] for start in range(0, len(panels), across)]
     top = max(0.2, *(float(grid.phi.max()) for grid in grids))
     text = (
         "As the paper's Figure 8, for the middle layer: the share of the update's first i directions that lies in the j "

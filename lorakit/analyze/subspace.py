@@ -26,7 +26,7 @@ def distance(first: Tensor, second: Tensor) -> float:
     return float(torch.linalg.matrix_norm(narrow - wide @ (wide.t() @ narrow)))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def random_basis(n: int, k: int, seed: int) -> Tensor:
     """The first k singular directions of a Gaussian matrix on n inputs: k orthonormal columns drawn evenly, (n, k)."""
     generator = torch.Generator().manual_seed(seed)

@@ -60,7 +60,7 @@ def minilm() -> Any:
         "num_attention_heads": 12,
     }
     off: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return BertForSequenceClassification(BertConfig(num_labels=LABELS, **sizes, **off))
+    return BertForSequenceClassification(BertConfig(**sizes, **off))
 
 
 SHAPES: dict[str, tuple[str, Callable[[], Any]]] = {

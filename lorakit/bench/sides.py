@@ -29,6 +29,7 @@ from lorakit.run.subject import NAME
 from lorakit.run.train import Run
 from lorakit.store.api import save
 from lorakit.train.loss import mean_loss, objective_for
+from lorakit.train.prune import pruned_objective
 
 Batch = Mapping[str, Tensor]
 CLIP = 1.0  # transformers' Trainer's, and lorakit's default
@@ -37,7 +38,7 @@ FULL_RATE = 0.1  # full fine-tuning's learning rate over LoRA's
 
 @dataclass(frozen=True)
 class Norms:
-    """Gradient norms of a step: how many tensors have one, the smallest, the largest and that of all together."""
+    """Gradient norms of a step, after clipping: of how many tensors, the smallest, the largest and that of all together."""
 
     tensors: int
     smallest: float
@@ -103,7 +104,7 @@ class Lorakit(_Learner):
 
     def round(self, numbers: Sequence[int]) -> None:
         for group in self._groups(numbers):
-            self.trainer._step(group)
+            self.trainer.step(group)
             self.steps += 1
         self.loss = self.run.newest["loss"]
 
@@ -207,12 +208,15 @@ class Full(_Loop):
 
 
 class Floor(Side):
-    """The frozen base, forward and activation gradients only, with lorakit's loss: what any adapter must cost at least."""
+    """The frozen base, forward and activation gradients only, with lorakit's loss (head on targets, last
+    block pruned where that is exact): what any adapter must cost at least."""
 
     def __init__(self, work: Work, name: str = FLOOR) -> None:
         super().__init__(work, name)
         self.model = work.material.model().requires_grad_(False).train()
         self.objective = objective_for(work.material.task)
+        if recipe_of(work, name).train.prune_last_block:
+            self.objective = pruned_objective(self.objective, self.model)
         self.entry: Tensor | None = None
         self._prepare()
 

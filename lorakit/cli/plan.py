@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +10,7 @@ import lorakit
 from lorakit.attach.method import Method
 from lorakit.cli.show import plural, print_json, print_table
 from lorakit.errors import UsageError
+from lorakit.methods.lora import LoRA
 from lorakit.plan import FULL, OPTIMIZERS, Plan, plan
 
 
@@ -56,7 +57,7 @@ def run(
 
 
 def _methods(
-    asked: str | None, ranks: str | None, targets: Sequence[str], settings: dict[str, float]
+    asked: str | None, ranks: str | None, targets: Sequence[str], settings: dict[str, Any]
 ) -> list[Method | str] | None:
     """The rows that the options ask for: every rank at every place."""
     shaped = bool(ranks or targets or settings)
@@ -70,13 +71,13 @@ def _methods(
         if name == "lora":
             for places in targets or [""]:
                 for rank in (ranks or "").split(","):
-                    found.append(lorakit.LoRA(**_number("--r", rank), **_places(places), **settings))
+                    found.append(LoRA(**_number("--r", rank), **_places(places), **settings))
         else:
             found.append(FULL if name == FULL else _other(name))
     return found
 
 
-def _number(option: str, text: str) -> dict[str, int]:
+def _number(option: str, text: str) -> dict[str, Any]:
     if not text:
         return {}
     if not text.strip().isdecimal():
@@ -84,7 +85,7 @@ def _number(option: str, text: str) -> dict[str, int]:
     return {"r": int(text)}
 
 
-def _places(text: str) -> dict[str, str | list[str]]:
+def _places(text: str) -> dict[str, Any]:
     if not text:
         return {}
     names = [name.strip() for name in text.split(",") if name.strip()]

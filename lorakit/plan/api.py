@@ -114,7 +114,7 @@ def _own_dtype(blueprint: Blueprint) -> torch.dtype:
 class _Sizes:
     """A method on a model. trained: its tensors; total: numbers that it computes with; weights: bytes of base and adapter."""
 
-    trained: list[Tensor]
+    trained: Sequence[Tensor]
     trainable: int
     head: int
     total: int
@@ -168,8 +168,7 @@ class _Planner:
             attach(model, self._filled(method, model), _NAME, dtype=self.adapter_dtype)
             own, counts = list(parameters(model, _NAME)), count_parameters(model)
             head = min(self._head_size(model), counts.replaced)
-            total = counts.total - counts.replaced if False else counts.total
-            yield _Sizes(own, counts.trainable - head, head, total, weights + _bytes(own))
+            yield _Sizes(own, counts.trainable - head, head, counts.total - head, weights + _bytes(own))
             detach(model, _NAME)
         for parameter in model.parameters():
             parameter.grad = None

@@ -1,5 +1,6 @@
 """The terms of a step's peak memory, in bytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -31,13 +32,13 @@ def check_optimizer(name: str) -> None:
         raise UsageError(f"optimizer {name!r} is unknown; expected one of: {', '.join(OPTIMIZERS)}.")
 
 
-def state_bytes(trained: list[Tensor], optimizer: str) -> int:
+def state_bytes(trained: Sequence[Tensor], optimizer: str) -> int:
     """What the optimizer keeps between steps."""
     copies, further = OPTIMIZERS[optimizer]
     return copies * _bytes(trained) + further * sum(tensor.numel() for tensor in trained)
 
 
-def memory_of(weights: int, trained: list[Tensor], traced: Traced, *, optimizer: str, device: str) -> Memory:
+def memory_of(weights: int, trained: Sequence[Tensor], traced: Traced, *, optimizer: str, device: str) -> Memory:
     """The peak of a step after the first: the larger of forward-and-backward's and the optimizer's.
 
     Optimizer's step: gradients, and AdamW's denominators: of all parameters at once on a GPU (torch's foreach form), of one
@@ -51,5 +52,5 @@ def memory_of(weights: int, trained: list[Tensor], traced: Traced, *, optimizer:
     return Memory(weights, gradients, state, traced.saved, peak)
 
 
-def _bytes(tensors: list[Tensor]) -> int:
+def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

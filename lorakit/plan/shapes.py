@@ -84,7 +84,11 @@ SHAPES: dict[str, Shape] = {
     "bert-large": _encoder("bert", 24, 1024, 16, 4096),
     "deberta-xxl": _encoder("deberta-v2", 48, 1536, 24, 6144, **_DEBERTA),
     "minilm-l6": _encoder("bert", 6, 384, 12, 1536),
-    "t5-base": Shape("t5", {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}, task="seq2seq"),
+    "t5-base": Shape(
+        "t5",
+        {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "decoder_start_token_id": 0},
+        task="seq2seq",
+    ),
     "smollm2-135m": _SMOLLM2_135M,
     "smollm2-135m-instruct": _SMOLLM2_135M,
     "smollm2-360m": _decoder("llama", 32, 960, 15, 2560, "float32", num_key_value_heads=5, **_SMOL),

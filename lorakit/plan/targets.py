@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from lorakit.attach.anatomy import walk
+from lorakit.attach.adapted import plain
+from lorakit.attach.anatomy import is_within, output_head, walk
+from lorakit.attach.kinds import LinearKind, low_rank_kind
 from lorakit.attach.targets import matches, shortest_names
 from lorakit.errors import TargetError
 from lorakit.methods.lora import LoRA
@@ -33,16 +35,17 @@ def spelt_out(method: LoRA, model: nn.Module) -> LoRA:
     """
     if isinstance(method.target_modules, str):
         return method
-    linear = [path for path, module in walk(model) if path and module._parameters.get("weight") is not None]
+    linear = _linear(model)
     own = [name for name in method.target_modules if name not in SHORT or any(matches([name], path) for path in linear)]
     short = [name for name in method.target_modules if name not in own]
     found = {name: [path for path in linear if _ends(SHORT[name], path)] for name in short}
     missing = [name for name, paths in found.items() if not paths]
     fused = [path for path in linear if _ends(FUSED, path) and _thirds(model.get_submodule(path))]
-    if missing and (not fused or not set(missing) <= set(PARTS)):
+    absent = [name for name in missing if not fused or name not in PARTS]
+    if absent:
         names = sorted({re.sub(r"\.\d+\.", ".N.", path) for path in linear})
         raise TargetError(
-            f"{type(model).__name__} has no matrix known as {', '.join(missing)}. Name it as the model does: {', '.join(names)}."
+            f"{type(model).__name__} has no matrix known as {', '.join(absent)}. Name it as the model does: {', '.join(names)}."
         )
     paths = [path for some in found.values() for path in some] + (fused if missing else [])
     enabled: dict[str, Sequence[bool]] = dict(method.enable_lora)
@@ -50,6 +53,16 @@ def spelt_out(method: LoRA, model: nn.Module) -> LoRA:
         enabled.setdefault(path.rpartition(".")[2], [part in missing for part in PARTS])
     names = [*own, *shortest_names(model, paths)] if paths else own
     return replace(method, target_modules=names, enable_lora=enabled)
+
+
+def _linear(model: nn.Module) -> list[str]:
+    """The paths of the linear layers, less the output head's."""
+    head = output_head(model)
+    return [
+        path
+        for path, module in walk(model)
+        if isinstance(low_rank_kind(plain(type(module))), LinearKind) and not (head and is_within(path, head))
+    ]
 
 
 def _ends(pattern: str, path: str) -> bool:

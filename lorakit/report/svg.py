@@ -64,7 +64,7 @@ def _settle(node: ET.Element, prefix: str, used: set[str]) -> None:
             continue
         if name == "id":
             value = f"{prefix}-{value}"
-        elif name == "href" and not value.startswith("data:"):  # the cells of a heat map are an image inside the picture
+        elif name == "href" and not value.startswith("data:"):  # an image inside the picture stays
             value = f"#{prefix}-{value.removeprefix('#')}"
         elif name == "style":
             value = _COLOUR.sub(lambda found: f"var({_VARIABLES[found[0]]}, {found[0]})", _FONT.sub("", value))

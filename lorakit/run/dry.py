@@ -20,7 +20,7 @@ from lorakit.run.diffusion.config import TEXT_TO_IMAGE
 from lorakit.run.listen import Listener
 from lorakit.run.recipe import Recipe, load_recipe
 from lorakit.run.subject import NAME
-from lorakit.run.train import Run, _kind_of
+from lorakit.run.train import Run, kind_of
 from lorakit.train.loop import Hooks, Trainer
 from lorakit.train.loss import Batch
 
@@ -101,7 +101,7 @@ def dry_run(
 
         check_text_to_image(resolved)
         require_diffusers()
-    run = _kind_of(resolved.task)(resolved, None, listener or Listener())
+    run = kind_of(resolved.task)(resolved, None, listener or Listener())
     run.read_data()
     run.load_model()
     run.encode()
@@ -151,7 +151,7 @@ def _measured(run: Run, trainer: Trainer, epoch: Epoch, heard: Sequence[Mapping[
 def _timed(trainer: Trainer, group: Sequence[Batch]) -> float:
     _wait()
     begin = time.perf_counter()
-    trainer._step(group)
+    trainer.step(group)
     _wait()
     return time.perf_counter() - begin
 

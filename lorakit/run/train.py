@@ -59,10 +59,10 @@ def train(
     so far saved where there was anything.
     """
     resolved = load_recipe(recipe, overrides)
-    return _kind_of(resolved.task)(resolved, loss, listener or Listener()).go(resume=resume, overwrite=overwrite)
+    return kind_of(resolved.task)(resolved, loss, listener or Listener()).go(resume=resume, overwrite=overwrite)
 
 
-def _kind_of(task: str) -> "type[Run]":
+def kind_of(task: str) -> "type[Run]":
     if task != TEXT_TO_IMAGE:
         return Run
     from lorakit.run.diffusion.run import TextToImageRun  # it builds on Run
@@ -228,7 +228,9 @@ class Run:
         batches, note = self.batches(self.train_rows), self.listener.note
         self.objective = packed(self.recipe, self.loaded, batches, self.objective, own_loss=own is not None, note=note)
         if settings.prune_last_block and own is None:
-            self.objective, self.measured = (pruned_objective(one, self.model) for one in (self.objective, self.measured))
+            self.objective, self.measured = (
+                pruned_objective(one, self.model) for one in (self.objective, self.measured)
+            )
         trained, rates = parameters(self.model, NAME), learning_rates(self.model, NAME)
         feed, self.objective = prefixed(self.recipe, self.model, batches, self.objective, own_loss=bool(own), note=note)
         trainer = Trainer(self.model, trained, feed, self.objective, settings, hooks, rates)

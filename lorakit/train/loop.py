@@ -130,7 +130,7 @@ class Trainer:
             if not group:
                 state.epoch, state.batch = state.epoch + 1, 0
                 return
-            self._step(group)
+            self.step(group)
             ended = state.batch >= len(self.batches)
             due = state.step % config.eval_every == 0 if config.eval_every else ended
             if self.hooks.evaluate is not None and (due or state.step == self.total):
@@ -138,7 +138,7 @@ class Trainer:
             if config.save_every and state.step % config.save_every == 0 and self.hooks.checkpoint is not None:
                 self.hooks.checkpoint(self)
 
-    def _step(self, group: Sequence[Batch]) -> None:
+    def step(self, group: Sequence[Batch]) -> None:
         """One optimizer step over `accumulate` batches; the loss is the mean over the targets of all of them."""
         begin, state = time.perf_counter(), self.state
         rate = self.config.lr * factor(self.config, state.step, self.total)

@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from analyze_kit import adapter, orthonormal
 from scipy.linalg import subspace_angles
 
+import lorakit as lk
 from lorakit.analyze.api import analyze
+from lorakit.analyze.compress import compress
 from lorakit.analyze.subspace import distance, random_similarity, similarity
 from lorakit.errors import UsageError
 
@@ -58,8 +61,6 @@ def test_an_adapter_with_itself_shares_all_and_with_another_seed_little(tmp_path
 
 
 def test_a_lower_rank_lies_in_the_higher_one_that_it_was_cut_from(tmp_path):
-    from lorakit.analyze.compress import compress
-
     whole = adapter(tmp_path / "a", decay=0.5)
     compress(whole, tmp_path / "b", rank=2)
     found = analyze(tmp_path / "b", whole)
@@ -72,9 +73,6 @@ def test_a_lower_rank_lies_in_the_higher_one_that_it_was_cut_from(tmp_path):
 
 
 def test_layers_with_one_subspace_are_found(tmp_path):
-    import lorakit as lk
-    import tiny
-
     model = tiny.llama()
     lk.attach(model, lk.LoRA(r=3, target_modules=["q_proj", "k_proj"]))
     with torch.no_grad():
@@ -91,8 +89,6 @@ def test_layers_with_one_subspace_are_found(tmp_path):
 
 
 def test_adapters_that_cannot_be_compared_are_refused(tmp_path):
-    import tiny
-
     one = adapter(tmp_path / "a")
     with pytest.raises(UsageError, match="share no module"):
         analyze(one, adapter(tmp_path / "b", target_modules=["k_proj"]))

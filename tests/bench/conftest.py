@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
-
 import runs
+import tiny
 
 
 @pytest.fixture(scope="session")

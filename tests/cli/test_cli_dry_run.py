@@ -3,9 +3,8 @@
 import json
 
 import pytest
-import yaml
-
 import runs
+import yaml
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
 """`lorakit inspect DATA --model M`: which tokens carry loss, lengths, what is cut."""
 
-import pytest
-import tiny
+from pathlib import Path
 
+import pytest
 import runs
+import tiny
 
 
 @pytest.fixture

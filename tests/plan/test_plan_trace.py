@@ -7,7 +7,7 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.methods.lora import LoRA
-from lorakit.plan import FULL, SHAPES, depth, plan
+from lorakit.plan import FULL, depth, plan
 from lorakit.plan.trace import Work, trace
 from lorakit.train.loss import objective_for
 
@@ -45,21 +45,21 @@ def test_what_the_forward_pass_keeps_is_what_autograd_keeps(build, adapted):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_flops_are_those_of_the_formulas(checkpointing):
-    r, tokens = 8, 2 * 64
-    found = plan("smollm2-135m", LoRA(r=r), batch=2, length=64, checkpointing=checkpointing)
-    shape = SHAPES["smollm2-135m"].config
-    width, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
-    sides = [(width, width), (width, width // 3), (width, width // 3), (width, width), *[(width, inner)] * 3]
-    blocks = layers * sum(a * b for a, b in sides)
-    head = width * shape["vocab_size"]
-    scores = layers * 2 * 2 * 64 * 64 * width * 2  # two products of 2 FLOPs for a pair of positions, both rows
+def test_flops_of_a_block_are_those_of_the_formulas(checkpointing):
+    """Four blocks' share of the step: embeddings, head and loss cancel."""
+    r, rows, length, width, inner = 8, 2, 32, 128, 192
+    tokens, blocks = rows * length, 4
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": 4, "num_key_value_heads": 2}
+    work = {"batch": rows, "length": length, "checkpointing": checkpointing}
+    deep, short = (plan(tiny.llama(**sizes, num_hidden_layers=layers), LoRA(r=r), **work) for layers in (2 + blocks, 2))
+    full, lora = (a.flops - b.flops for a, b in zip(deep.rows, short.rows, strict=True))
+    sides = [(width, width), (width, width // 2), (width, width // 2), (width, width), *[(width, inner)] * 3]
+    N, low = sum(a * b for a, b in sides), sum(r * (a + b) for a, b in sides)
     again = int(checkpointing)
-    full = tokens * ((6 + 2 * again) * blocks + 6 * head) + scores * (1 + 2.5 + again)
-    low = tokens * layers * sum(r * (a + b) for a, b in sides)
-    lora = tokens * ((4 + 2 * again) * blocks + 4 * head) + (6 + 2 * again) * low + scores * (1 + 2.5 + again)
-    assert found.rows[0].flops == pytest.approx(full, rel=0.01)
-    assert found.rows[1].flops == pytest.approx(lora, rel=0.01)
+    scores = rows * 2 * 2 * length**2 * width * (1 + 2.5 + again)  # two products forward, five back (FlashAttention)
+    second = 2 * again * (N - inner * width)  # a checkpoint stops before the last product, whose output nothing keeps
+    assert full == pytest.approx(blocks * (tokens * (6 * N + second) + scores), rel=0.001)
+    assert lora == pytest.approx(blocks * (tokens * (4 * N + 6 * low + second) + scores), rel=0.02 + 0.1 * again)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -93,12 +93,13 @@ def test_blocks_are_shortened_in_a_copy():
 def test_checkpointing_keeps_less_and_computes_more():
     kept, again = (plan("gpt2", FULL, batch=8, length=128, checkpointing=on).rows[0] for on in (False, True))
     assert again.memory.activations < kept.memory.activations / 2
-    assert 1.2 < again.flops / kept.flops < 4 / 3
+    assert 1.1 < again.flops / kept.flops < 4 / 3  # the head is not computed again
 
 
 def test_dropout_keeps_a_byte_on_a_gpu_and_the_type_on_a_cpu():
     config = tiny.gpt2().config
     config.resid_pdrop = config.embd_pdrop = 0.1
+    config.attn_pdrop = 0.0
     sizes = {device: plan(config, FULL, length=32, device=device, task="causal-lm") for device in ("cuda", "cpu")}
     places = 1 + 2 * config.n_layer
     entries = 8 * 32 * config.n_embd * places

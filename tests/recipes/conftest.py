@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 from recipe_kit import CASES, RECIPES, save_vit
 
-import runs
 from lorakit.run.train import RunResult, train
 
 

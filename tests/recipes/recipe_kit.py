@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tiny
-
 import runs
+import tiny
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 COLOURS = {"blue": (20, 30, 200), "green": (10, 180, 40), "red": (220, 30, 20)}

@@ -6,9 +6,9 @@ import json
 import random
 
 import pytest
+import runs
 from recipe_kit import COLOURS, RECIPES, class_folders, picture, save_vit
 
-import runs
 from lorakit.cli import main
 from lorakit.generate import classify_images
 from lorakit.models import load

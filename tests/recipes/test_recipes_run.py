@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
+import runs
 import torch
 import yaml
 from peft import PeftModel
 from recipe_kit import CASES, RECIPES
 
 import lorakit as lk
-import runs
 from lorakit.run.export import export_merged
 from lorakit.run.measure import evaluate_subject
 from lorakit.run.recipe import load_recipe

@@ -68,9 +68,8 @@ def test_what_does_not_fit_is_said(changes, error, said, mnli, tmp_path):
 
 
 def test_an_adapter_of_another_base_or_damaged_is_refused(mnli, tmp_path):
-    import tiny
-
     import runs
+    import tiny
 
     other = tmp_path / "other"
     runs.save_model(other, lambda **changes: tiny.roberta(**changes, max_position_embeddings=512, hidden_act="relu"))

@@ -5,10 +5,10 @@ import os
 import signal
 
 import pytest
+import runs
 import torch
 
 import lorakit as lk
-import runs
 from lorakit.attach.quantized import is_quantized, stored_bytes
 from lorakit.cli import main
 from lorakit.errors import AdapterError, ModelError, RecipeError, UsageError

@@ -88,7 +88,10 @@ def test_bad_overrides(override, message):
         ({"train": None}, "train: expected keys below it, got nothing: leave it out"),
         ({"data": "train.jsonl"}, "data: expected keys below it, got 'train.jsonl'"),
         ({"model": 3}, "model: expected text, got 3"),
-        ({"task": "causal"}, "task: expected one of causal-lm, seq2seq, sequence-classification, image-classification, .*got 'causal'"),  # noqa: E501
+        (
+            {"task": "causal"},
+            "task: expected one of causal-lm, seq2seq, sequence-classification, image-classification, .*got 'causal'",
+        ),  # noqa: E501
         ({"method": {"name": "lroa"}}, "method: expected keys with `name: lora`, got 'lroa'"),
         ({"method": "lora"}, "method: expected keys with"),
         ({"method": {"r": 0}}, r"method: .*\br\b.*0"),

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 import tiny_pipelines as tiny
 import torch
 from tiny_pipelines import PARTS
 
 import lorakit as lk
-import runs
 from lorakit.errors import DataError, ModelError, RecipeError, UsageError
 from lorakit.models.diffusion import load_pipeline
 from lorakit.run.diffusion.noise import Noise
