@@ -103,7 +103,7 @@ def read_any(
 
 
 def read_parts(path: Path, **options: Any) -> tuple[str, dict[str, AdapterFile], list[str], int]:
-    """(kind, adapters by component, faults, numbers in the file) of another program's file or folder, for those who want to see what is wrong.
+    """(kind, adapters by component, faults, numbers in the file) of another program's file, for those who look for faults.
 
     options: alpha, enable_lora, base, as for `convert`. Raises FileError where no format knows the file.
     """

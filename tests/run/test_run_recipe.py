@@ -91,7 +91,7 @@ def test_bad_overrides(override, message):
         (
             {"task": "causal"},
             "task: expected one of causal-lm, seq2seq, sequence-classification, image-classification, .*got 'causal'",
-        ),  # noqa: E501
+        ),
         ({"method": {"name": "lroa"}}, "method: expected keys with `name: lora`, got 'lroa'"),
         ({"method": "lora"}, "method: expected keys with"),
         ({"method": {"r": 0}}, r"method: .*\br\b.*0"),
