@@ -25,6 +25,7 @@ _HOME = {
     "inspect": "lorakit.store.inspect",
     "convert": "lorakit.store.convert",
     "combine": "lorakit.methods.combine",
+    "plan": "lorakit.plan.api",
     "train": "lorakit.run.train",
     "LorakitError": "lorakit.errors",
 }
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from lorakit.errors import LorakitError
     from lorakit.methods.combine import combine
     from lorakit.methods.lora import LoRA
+    from lorakit.plan.api import plan
     from lorakit.run.train import train
     from lorakit.store.api import load, save
     from lorakit.store.convert import convert

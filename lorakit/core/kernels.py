@@ -5,6 +5,9 @@
 
 import os
 
+import torch
+from torch import Tensor
+
 NAMES = ("fused", "reference")
 
 
@@ -14,6 +17,11 @@ def asked() -> str:
     if name not in NAMES:
         raise ValueError(f"LORAKIT_KERNELS={name!r}: expected one of {', '.join(NAMES)}.")
     return name
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; the meta device has none, and asking there is an error."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 fused = asked() == "fused"  # read through the module, so that a test can turn it

@@ -19,15 +19,19 @@ def analysis(tmp_path_factory):
     return analyze(adapter(root / "a"), adapter(root / "b", seed=1), base=tiny.llama())
 
 
-def test_every_picture_is_there_in_both_forms(analysis, tmp_path):
-    out = analysis.save(tmp_path / "out")
+@pytest.fixture(scope="module")
+def out(analysis, tmp_path_factory):
+    return analysis.save(tmp_path_factory.mktemp("report") / "out")
+
+
+def test_every_picture_is_there_in_both_forms(out):
     assert {path.stem for path in out.glob("*.png")} == {path.stem for path in out.glob("*.svg")} == ALL
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png"))
     assert all("<svg" in path.read_text() for path in out.glob("*.svg"))
 
 
-def test_the_page_explains_each_picture_and_needs_nothing_else(analysis, tmp_path):
-    page = (analysis.save(tmp_path / "out") / "report.html").read_text()
+def test_the_page_explains_each_picture_and_needs_nothing_else(out):
+    page = (out / "report.html").read_text()
     assert page.count("<svg") == page.count("<figcaption>") == len(ALL)
     said = re.findall(r'<figcaption>.*?</figcaption>\s*<p class="text"[^>]*>(.*?)</p>', page, re.DOTALL)
     assert len(said) == len(ALL)
@@ -39,8 +43,8 @@ def test_the_page_explains_each_picture_and_needs_nothing_else(analysis, tmp_pat
     assert "https:" not in page
 
 
-def test_json_holds_all_that_was_found(analysis, tmp_path):
-    found = json.loads((analysis.save(tmp_path / "out") / "analysis.json").read_text())
+def test_json_holds_all_that_was_found(analysis, out):
+    found = json.loads((out / "analysis.json").read_text())
     assert [one["path"] for one in found["modules"]] == [one.path for one in analysis.modules]
     assert found["modules"][0]["values"] == list(analysis.modules[0].values)
     assert found["modules"][0]["against_base"]["factor"] == analysis.modules[0].against_base.factor
@@ -48,9 +52,9 @@ def test_json_holds_all_that_was_found(analysis, tmp_path):
     assert all(len(grid["phi"]) == len(grid["control"]) for grid in found["grids"])
 
 
-def test_the_same_files_each_time(analysis, tmp_path):
-    one, two = analysis.save(tmp_path / "one"), analysis.save(tmp_path / "two")
-    assert all(path.read_bytes() == (two / path.name).read_bytes() for path in one.iterdir())
+def test_the_same_files_each_time(analysis, out, tmp_path):
+    again = analysis.save(tmp_path / "again")
+    assert all(path.read_bytes() == (again / path.name).read_bytes() for path in out.iterdir())
 
 
 def test_a_folder_with_something_in_it_is_left_alone(analysis, tmp_path):

@@ -116,7 +116,7 @@ class LinearKind(LeafKind):
             and weight.dtype == x.dtype
             and weight.device == x.device
             and site.inner is None
-            and not torch.is_autocast_enabled(x.device.type)
+            and not kernels.autocasting(x)
             and type(leaf)._lk_stock  # type: ignore[attr-defined]
         )
 
