@@ -161,7 +161,7 @@ def _repeated(x: Tensor, heads: int) -> tuple[int, ...]:
 @contextmanager
 def _as_in_training(device: str, meter: Meter) -> Iterator[None]:
     """Stand in for what PyTorch does otherwise on the meta device; tensors elsewhere (other threads') go on as before."""
-    functional, autocast = nn.functional, torch.is_autocast_enabled
+    functional = nn.functional
     fused, drop = functional.scaled_dot_product_attention, functional.dropout
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any) -> Tensor:
@@ -176,14 +176,10 @@ def _as_in_training(device: str, meter: Meter) -> Iterator[None]:
             return drop(input, p, training, inplace)
         return torch.native_dropout(input, p, True)[0]  # a mask of one byte an entry
 
-    def known(kind: str | None = None) -> bool:  # torch raises for "meta", which no autocast is ever on for
-        return False if kind == "meta" else autocast() if kind is None else autocast(kind)
-
     with ExitStack() as stack:
         stack.enter_context(_ONE)
         stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", attention))
         stack.enter_context(mock.patch.object(functional, "dropout", dropout))
-        stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", known))
         stack.enter_context(mock.patch.object(fake_config, "meta_nonzero_assume_all_nonzero", True))
         stack.enter_context(meter)
         yield

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import lorakit as lk
 from lorakit.analyze.api import analyze
 from lorakit.analyze.compress import compress
+from lorakit.analyze.ranks import by_bytes
 from lorakit.errors import FileError, OutputError, UsageError
 from lorakit.store.read import read_folder
 
@@ -106,6 +107,14 @@ def test_bytes_are_kept_to_and_spent_where_they_are_worth_most(tmp_path):
     lowest = min(float(values[path][kept[path] - 1]) ** 2 * worth[path] for path in kept if kept[path] > 1)
     fitting = [path for path in kept if kept[path] < 6]
     assert all(float(values[path][kept[path]]) ** 2 * worth[path] <= lowest * 1.5 for path in fitting)
+
+
+def test_a_dear_direction_must_be_worth_its_bytes():
+    """Values 3 for 10 bytes against 2 for 1: 9/10 a byte against 4/1, so that the cheap ones come first."""
+    values = [torch.tensor([5.0, 3.0]), torch.tensor([5.0, 2.0, 2.0])]
+    assert by_bytes(values, [10, 1], budget=13, least=0) == [1, 3]
+    assert by_bytes(values, [10, 1], budget=23, least=0) == [2, 3]
+    assert by_bytes(values, [10, 1], budget=11, least=0) == [1, 1]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "roberta"])
