@@ -43,12 +43,14 @@ class HeadCrossEntropy(torch.autograd.Function):
             if bias is not None:
                 logits += bias
             values = logits.to(total.dtype)  # the buffer itself, but for half precision
-            top = values.logsumexp(-1, keepdim=True)
+            values -= values.amax(-1, keepdim=True)
             hit = values.gather(1, wanted)
-            total += (top - (1 - smoothing) * hit).sum() - smoothing * values.mean(-1).sum()
+            spread = values.mean(-1).sum() if smoothing else 0.0
+            sums = values.exp_().sum(-1, keepdim=True)  # one pass of exp serves the loss and the softmax
+            total += (sums.log() - (1 - smoothing) * hit).sum() - smoothing * spread
             if gradient is not None:
                 # softmax - (1 - smoothing) onehot - smoothing / classes, in place
-                values.sub_(top).exp_()
+                values /= sums
                 if smoothing:
                     values -= smoothing / classes
                 values.scatter_add_(1, wanted, torch.full_like(hit, smoothing - 1))

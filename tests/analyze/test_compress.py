@@ -115,6 +115,8 @@ def test_a_dear_direction_must_be_worth_its_bytes():
     assert by_bytes(values, [10, 1], budget=13, least=0) == [1, 3]
     assert by_bytes(values, [10, 1], budget=23, least=0) == [2, 3]
     assert by_bytes(values, [10, 1], budget=11, least=0) == [1, 1]
+    falling = [torch.tensor([5.0, 4.0, 3.0]), torch.tensor([5.0, 1.2])]
+    assert by_bytes(falling, [10, 1], budget=31, least=0) == [2, 2]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "roberta"])
