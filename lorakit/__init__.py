@@ -26,6 +26,8 @@ _HOME = {
     "convert": "lorakit.store.convert",
     "combine": "lorakit.methods.combine",
     "plan": "lorakit.plan.api",
+    "analyze": "lorakit.analyze.api",
+    "compress": "lorakit.analyze.compress",
     "train": "lorakit.run.train",
     "LorakitError": "lorakit.errors",
 }
@@ -33,6 +35,8 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from lorakit.analyze.api import analyze
+    from lorakit.analyze.compress import compress
     from lorakit.attach.api import adapters, attach, count_parameters, detach, parameters, route, use
     from lorakit.attach.merge import merge, unmerge
     from lorakit.attach.method import Method

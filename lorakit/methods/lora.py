@@ -168,7 +168,9 @@ class LoRA(Method):
                 draft.pairs[path] = starter.leaf(path, leaf)
         for key in self.enable_lora:
             if not any(pattern_value({key: True}, path, False) for path in draft.pairs):
-                raise TargetError(f"enable_lora names {key!r}, which none of the adapted layers is: {', '.join(leaves)}.")
+                raise TargetError(
+                    f"enable_lora names {key!r}, which none of the adapted layers is: {', '.join(leaves)}."
+                )
         for path, name in self.raw_targets(model):
             if path in draft.pairs or name in draft.raw.get(path, {}):
                 raise UsageError(

@@ -271,7 +271,9 @@ def test_a_parameter_of_the_root_module_has_pefts_key(tmp_path):
     from lorakit.attach.method import Draft
     from lorakit.store.peft_folder import to_tensors
 
-    assert list(to_tensors(Draft(replaced={"": {"bias": torch.ones(3)}}), Root(), lk.LoRA())) == ["base_model.model.bias"]
+    assert list(to_tensors(Draft(replaced={"": {"bias": torch.ones(3)}}), Root(), lk.LoRA())) == [
+        "base_model.model.bias"
+    ]
 
 
 def test_the_meta_device_holds_no_values_to_load_or_save(tmp_path):
