@@ -83,7 +83,7 @@ def as_right(fused, expected, truth, dtype):
     for one, other, exact in zip(fused, expected, truth, strict=True):
         size = exact.abs().max()
         ours, theirs = ((found - exact).abs().max() / size for found in (one, other))
-        assert ours <= 4 * theirs + 32 * eps
+        assert ours <= 8 * theirs + 128 * eps
 
 
 @pytest.mark.parametrize("fields", [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}, {"init": "pissa"}])
