@@ -20,6 +20,7 @@ from lorakit.core.cross_entropy import CHUNK, head_cross_entropy
 from lorakit.core.delta import is_dense
 
 _LATER: "WeakSet[nn.Module]" = WeakSet()  # models that do something to their logits after the head
+_PLAIN: "WeakSet[nn.Module]" = WeakSet()  # models that return what their head gives
 
 
 def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, nn.Module] | None:
@@ -31,11 +32,15 @@ def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, 
     head = _head(inner)
     if head is None or inner in _LATER or not kernels.fused:
         return None
+    before = None if inner in _PLAIN else torch.get_rng_state()
     with _through(head) as seen:
         logits = model(**inputs).logits
     if len(seen) == 1 and logits is seen[0]:
+        _PLAIN.add(inner)
         return seen[0], head
     _LATER.add(inner)
+    if before is not None:
+        torch.set_rng_state(before)  # the forward that counts draws what this one drew: a resumed run must not differ
     return None
 
 

@@ -188,3 +188,14 @@ def test_an_unknown_kernel_name_is_told(monkeypatch):
     monkeypatch.setenv("LORAKIT_KERNELS", "fast")
     with pytest.raises(ValueError, match="expected one of fused, reference"):
         kernels.asked()
+
+
+def test_a_shallow_copy_of_a_sibling_computes_alone():
+    model = tiny.llama()
+    lk.attach(model, lk.LoRA(r=2, target_modules=["q_proj", "k_proj"]), name="a")
+    adapting.grow(model, "a")
+    leaf = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, leaf.in_features)
+    with torch.no_grad():
+        expected = leaf(x)
+    torch.testing.assert_close(copy.copy(leaf)(x), expected)

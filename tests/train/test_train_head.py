@@ -1,5 +1,7 @@
 """The loss through the head in chunks, against the loss from the model's own logits."""
 
+import contextlib
+
 import adapting
 import pytest
 import tiny
@@ -111,6 +113,19 @@ def test_a_model_that_caps_its_logits_runs_as_it_is(monkeypatch):
     for one, other, third in zip(found, expected, again, strict=True):
         torch.testing.assert_close(one, other)
         torch.testing.assert_close(third, other)
+
+
+def test_trying_a_model_draws_no_random_numbers(monkeypatch):
+    model = tiny.llama()
+    lk.attach(model, lk.LoRA(r=3, dropout=0.5), name="a")
+    adapting.grow(model, "a")
+    model.train()
+    monkeypatch.setattr(head, "_through", lambda _: contextlib.nullcontext([]))  # as if the head's input were lost
+    torch.manual_seed(1)
+    tried, _ = measured(model, "causal-lm", 0.0)
+    torch.manual_seed(1)
+    known, _ = measured(model, "causal-lm", 0.0)
+    assert torch.equal(tried[0], known[0])
 
 
 def test_a_batch_without_any_target_has_loss_zero():

@@ -87,7 +87,8 @@ class LinearKind(LeafKind):
             members = [
                 (one, self.member(one, x.dtype)) for one, other in group.members if self._joins(one, other, x, low)
             ]
-            if len(members) > 1 and group.whole:
+            ours = any(one is leaf for one, _ in members)  # a shallow copy of a leaf shares its site, and is no member
+            if ours and len(members) > 1 and group.whole:
                 return group.computed(leaf, x, members, dropout)  # type: ignore[no-any-return]
         own = self.member(leaf, x.dtype)
         if dropout:
