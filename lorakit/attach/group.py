@@ -6,7 +6,8 @@ are recorded, and never under torch.compile.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import get_ident
 
 from torch import Tensor, nn
@@ -45,3 +46,17 @@ class Group:
         self._kept = {id(other): y for (other, _), y in zip(members, outputs, strict=True)}
         self._input, self._version, self._thread = weakref.ref(x), x._version, get_ident()
         return self._kept.pop(id(leaf))
+
+
+@contextmanager
+def apart(leaves: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, each of `leaves` computes alone: their caller gives them unlike inputs."""
+    sites = [leaf.__dict__["_lk_site"] for leaf in leaves if "_lk_site" in leaf.__dict__]
+    groups = {id(site.group): site.group for site in sites if site.group is not None and site.group.whole}
+    try:
+        for group in groups.values():
+            group.whole = False
+        yield
+    finally:
+        for group in groups.values():
+            group.whole = True

@@ -6,7 +6,7 @@ parameters where trainable, as non-persistent buffers where frozen, and are writ
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,10 @@ from lorakit.attach.adapted import bare, check_bare, plain, wear
 from lorakit.attach.feedforward import feed, starve
 from lorakit.attach.group import Group
 from lorakit.attach.kinds import LinearKind, low_rank_kind
-from lorakit.attach.method import Draft, Method, Pair, TokenRows
+from lorakit.attach.method import Draft, Method
 from lorakit.attach.reading import siblings
-from lorakit.attach.site import LowRank, Site, Slot
+from lorakit.attach.site import Site, Slot
+from lorakit.attach.slots import EMPTY, attributes_of, note_in, places_of, read_of, slot_for
 from lorakit.core.route import Route
 from lorakit.errors import AdapterError, UsageError
 
@@ -215,11 +216,11 @@ class Host:
     def _bring(self, record: Record) -> None:
         """Bring an adapter's tensors to the devices of their leaves."""
         draft = record.draft
-        for path, name, holder in _places(draft):
-            tensor = _get(holder, name)
+        for path, name, holder in places_of(draft):
+            tensor = read_of(holder, name)
             device = _device(self.leaves[path])
             if device is not None:
-                _set(holder, name, _moved(tensor, device))
+                note_in(holder, name, _moved(tensor, device))
 
     def _write_back(self) -> None:
         self._each(_take)
@@ -233,115 +234,14 @@ class Host:
         for k, (name, strength) in enumerate(self.state.selection):
             record = self.records[name]
             for path, slot in record.slots_at(k, strength, self.leaves).items():
-                for attribute, key, holder in _attributes(slot, path, record.draft):
-                    _set(holder, key, read(self.leaves[path], attribute))
-
-
-Holder = Pair | TokenRows | dict[str, Tensor]
-EMPTY = Slot(None, {}, 0.0, {}, None, None)
-FIELDS = {"A": "a", "Bt": "b", "magnitude": "magnitude", "bias": "bias", "fixed_a": "fixed_a", "fixed_bt": "fixed_b"}
-
-
-def _places(draft: Draft) -> Iterator[tuple[str, str, Holder]]:
-    """(path, key, holder) of every tensor of a draft that stands on a leaf while the adapter is on."""
-    for path, pair in draft.pairs.items():
-        yield from ((path, name, pair) for name, _ in pair.held())
-    for path, group in draft.raw.items():
-        yield from ((path, name, pair) for pair in group.values() for name, _ in pair.held())
-    for path, rows in draft.tokens.items():
-        yield from ((path, name, rows) for name in ("indices", "rows"))
-    for path, tensors in draft.replaced.items():
-        yield from ((path, name, tensors) for name in tensors)
-
-
-def _attributes(slot: Slot, path: str, draft: Draft) -> Iterator[tuple[str, str, Holder]]:
-    """(attribute on the leaf, key, holder) of every tensor that `slot` puts on its leaf."""
-    home = draft.tied.get(path, path)
-    if slot.low is not None:
-        yield from _of_pair(slot.low, draft.pairs[home])
-    for name, low in slot.raw.items():
-        yield from _of_pair(low, draft.raw[path][name])
-    if slot.rows is not None and slot.indices is not None:
-        yield slot.rows, "rows", draft.tokens[home]
-        yield slot.indices, "indices", draft.tokens[home]
-    for name, attribute in slot.replaced.items():
-        yield attribute, name, draft.replaced[path]
-
-
-def _of_pair(low: LowRank, pair: Pair) -> Iterator[tuple[str, str, Holder]]:
-    for name, place in FIELDS.items():
-        attribute = getattr(low, place)
-        if attribute is not None:
-            yield attribute, name, pair
-
-
-def _get(holder: Holder, key: str) -> Tensor:
-    return holder[key] if isinstance(holder, dict) else getattr(holder, key)
-
-
-def _set(holder: Holder, key: str, tensor: Tensor) -> None:
-    if isinstance(holder, dict):
-        holder[key] = tensor
-    else:
-        setattr(holder, key, tensor)
-
-
-def slot_for(leaf: nn.Module, path: str, draft: Draft, strength: float, suffix: str) -> Slot:
-    """What an adapter does at one leaf, under attribute names that end in `suffix` (of its place among those on)."""
-    home = draft.tied.get(path, path)
-    pair, low = draft.pairs.get(home), None
-    if pair is not None:
-        kind = low_rank_kind(type(leaf))
-        if kind is None:
-            raise TypeError(f"{path}: no kind is registered for {type(leaf).__name__}")
-        crossed = (
-            home != path and kind.zero == "B"
-        )  # a head that takes the pair of the embedding whose weight it shares
-        names = ("lora_At", kind.b_name) if crossed else (kind.a_name, kind.b_name)
-        low = low_rank_at(pair, names, strength, suffix, crossed=crossed)
-    raw = {
-        name: low_rank_at(one, (f"lora_A_{name}", f"lora_Bt_{name}"), strength, suffix)
-        for name, one in draft.raw.get(path, {}).items()
-    }
-    has_rows = home in draft.tokens
-    return Slot(
-        low,
-        {name: f"lora_{name}{suffix}" for name in draft.replaced.get(path, {})},
-        strength,
-        raw,
-        f"lora_rows{suffix}" if has_rows else None,
-        f"lora_indices{suffix}" if has_rows else None,
-    )
-
-
-def low_rank_at(pair: Pair, names: tuple[str, str], strength: float, suffix: str, *, crossed: bool = False) -> LowRank:
-    """How a pair's tensors are called on a leaf. names: of A and Bt, without the suffix."""
-    a, b = names
-
-    def called(name: str, tensor: Tensor | None) -> str | None:
-        return None if tensor is None else f"{name}{suffix}"
-
-    return LowRank(
-        f"{a}{suffix}",
-        f"{b}{suffix}",
-        pair.scale * strength,
-        pair.factor(strength),
-        pair.dropout,
-        strength,
-        called(f"{a}_magnitude", pair.magnitude),
-        called(f"{b}_bias", pair.bias),
-        called(f"{a}_fixed", pair.fixed_a),
-        called(f"{b}_fixed", pair.fixed_bt),
-        pair.parts,
-        crossed,
-        pair.magnitude is None and pair.bias is None,
-    )
+                for attribute, key, holder in attributes_of(slot, path, record.draft):
+                    note_in(holder, key, read(self.leaves[path], attribute))
 
 
 def _install(leaf: nn.Module, path: str, draft: Draft, slot: Slot) -> None:
     """Put one adapter's tensors on one leaf."""
-    for attribute, key, holder in _attributes(slot, path, draft):
-        _put(leaf, attribute, _get(holder, key))
+    for attribute, key, holder in attributes_of(slot, path, draft):
+        _put(leaf, attribute, read_of(holder, key))
 
 
 def _put(leaf: nn.Module, name: str, tensor: Tensor) -> None:

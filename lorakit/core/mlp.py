@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.core.autograd import check_epoch
-from lorakit.core.siblings import Member, product
+from lorakit.core.siblings import Member, flattened, product
 
 
 class Activation(NamedTuple):
@@ -38,9 +38,7 @@ ACTIVATIONS = {
 
 def low_rank_mlp(x: Tensor, inner: list[Member], outer: Member, activation: str, mark: Tensor, epoch: int) -> Tensor:
     """D(act(G(x)) * U(x)) for inner = [G, U], D(act(U(x))) for inner = [U]. x: (..., in) -> (..., out)."""
-    members = [*inner, outer]
-    tensors = [tensor for one in members for tensor in (one.weight, one.bias, one.A, one.Bt)]
-    settings = tuple((one.scale, one.transposed) for one in members)
+    settings, tensors = flattened([*inner, outer])
     return LowRankMLP.apply(x, settings, activation, mark, epoch, *tensors)  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -25,11 +25,16 @@ class Member(NamedTuple):
     transposed: bool
 
 
+def flattened(members: list[Member]) -> tuple[tuple[tuple[float, bool], ...], list[Tensor | None]]:
+    """((scale, transposed) a member, [weight, bias, A, Bt a member]): autograd looks for tensors in no nested argument."""
+    tensors = [tensor for one in members for tensor in (one.weight, one.bias, one.A, one.Bt)]
+    return tuple((one.scale, one.transposed) for one in members), tensors
+
+
 def low_rank_siblings(x: Tensor, members: list[Member], dropout: float, mark: Tensor, epoch: int) -> tuple[Tensor, ...]:
     """The outputs of all members on x: (..., in). dropout: the probability, 0 outside training. mark, epoch: see
     lorakit.core.autograd.check_epoch. A second derivative is refused by torch with an error."""
-    tensors = [tensor for one in members for tensor in (one.weight, one.bias, one.A, one.Bt)]
-    settings = tuple((one.scale, one.transposed) for one in members)
+    settings, tensors = flattened(members)
     return LowRankSiblings.apply(x, settings, dropout, mark, epoch, *tensors)  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from lorakit.errors import FileError, OutputError
 from lorakit.store.files import write_json, write_text
+from lorakit.store.foreign.source import DIFFUSERS as FILES
 from lorakit.train.state import FILE as STATE
 
-DIFFUSERS = "pytorch_lora_weights.safetensors"
+DIFFUSERS = FILES[0]
 MARKS = ("recipe.yaml", "adapter", DIFFUSERS, "metrics.jsonl", "checkpoints", "summary.json", "report.html")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lorakit.attach.adapted import plain
 from lorakit.attach.anatomy import blocks
+from lorakit.attach.group import apart
 from lorakit.data.pack import SEGMENTS, ends
 from lorakit.train.loss import Batch, LossSum, Objective
 from lorakit.train.prefix import standing_in
@@ -210,17 +211,9 @@ def _gpt2(
 
 
 def _projected(*calls: tuple[nn.Module, Tensor]) -> list[Tensor]:
-    """Each layer on its own input. lorakit.attach.group expects one input for all: the layers run apart, here alone."""
-    sites = [leaf.__dict__["_lk_site"] for leaf, _ in calls if "_lk_site" in leaf.__dict__]
-    groups = [site.group for site in sites if site.group is not None]
-    before = [group.whole for group in groups]
-    try:
-        for group in groups:
-            group.whole = False
+    """Each layer on its own input, where lorakit.attach.group expects one input for all."""
+    with apart(leaf for leaf, _ in calls):
         return [leaf(x) for leaf, x in calls]
-    finally:
-        for group, whole in zip(groups, before, strict=True):
-            group.whole = whole
 
 
 def _heads(x: Tensor, size: int) -> Tensor:

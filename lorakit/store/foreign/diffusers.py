@@ -17,9 +17,6 @@ from lorakit.store.foreign.components import CLIP, COMPONENTS, built, filed, gue
 from lorakit.store.foreign.container import PICKLES, tensor_file
 from lorakit.store.foreign.format import Format, Options, Written, names_from, refuse
 from lorakit.store.foreign.hub import (
-    LINEAR,
-    MAGNITUDE,
-    PREFIX,
     Adapter,
     Bundle,
     alpha_of,
@@ -32,6 +29,7 @@ from lorakit.store.foreign.hub import (
 )
 from lorakit.store.foreign.source import DIFFUSERS, Source
 from lorakit.store.peft_config import DEFAULTS
+from lorakit.store.peft_folder import LINEAR, MAGNITUDE, PREFIX
 
 METADATA = "lora_adapter_metadata"
 BIAS = "lora_B.bias"

@@ -11,19 +11,16 @@ import torch
 from torch import Tensor
 
 from lorakit.store.foreign.checked import config_faults
-from lorakit.store.peft_config import DEFAULTS
+from lorakit.store.peft_config import CHANGES_BASE, DEFAULTS
+from lorakit.store.peft_folder import EMBEDDING, LINEAR, MAGNITUDE, PREFIX
 
-PREFIX = "base_model.model."
-LINEAR = ("lora_A.weight", "lora_B.weight")
-EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
-MAGNITUDE = "lora_magnitude_vector"
 # Settings that change what is computed from the pairs, so that a format of plain pairs cannot carry them.
 BEYOND = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "modules_to_save",
     "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
     "velora_config",
 )  # fmt: skip
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+NEEDS_BASE = (*CHANGES_BASE, "pissa", "olora")  # starts that other programs would need this base to undo
 
 
 @dataclass(frozen=True)
@@ -189,7 +186,7 @@ def beyond_pairs(adapter: Adapter, settings: Sequence[str] = (), tensors: Sequen
     if adapter.config.get("bias", "none") != "none" and not any(key.endswith("bias") for key in adapter.tensors):
         faults.append(f"bias = {adapter.config['bias']!r}")
     init = adapter.config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(CHANGES_BASE):
+    if isinstance(init, str) and init.startswith(NEEDS_BASE):
         faults.append(f"init_lora_weights = {init!r}: the adapter is right on a changed base alone")
     return faults
 

@@ -9,11 +9,12 @@ from lorakit.store.files import Write, json_bytes
 from lorakit.store.foreign.checked import config_faults, sound_notes
 from lorakit.store.foreign.container import tensor_file
 from lorakit.store.foreign.format import Format, Options, Written
-from lorakit.store.foreign.hub import PREFIX, Adapter, Bundle, make_config, sort
+from lorakit.store.foreign.hub import Adapter, Bundle, make_config, sort
 from lorakit.store.foreign.plain import parameter_name, trained
 from lorakit.store.foreign.source import Source
 from lorakit.store.identity import content_hash
 from lorakit.store.peft_config import CONFIG, DEFAULTS
+from lorakit.store.peft_folder import PREFIX
 from lorakit.store.read import EXTRA, FORMAT, TENSORS
 
 

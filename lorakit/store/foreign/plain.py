@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
-from lorakit.store.foreign.hub import PREFIX
+from lorakit.store.peft_folder import PREFIX
 
 
 class Trained(NamedTuple):
