@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lorakit.attach.kinds import is_stock, row_kind
+from lorakit.attach.operation import Share
 from lorakit.attach.site import Site, replacement, this_thread
 from lorakit.errors import AdapterError
 
@@ -60,18 +61,34 @@ def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
         if not site.active:
             return base_forward(self, *args, **kwargs) if inner is None else inner(*args, **kwargs)
         call = partial(base_forward, self) if inner is None else inner
+        if site.inserts:
+            return _around(self, site, partial(own, self, site, call))(*args, **kwargs)
+        return own(self, site, call, *args, **kwargs)
+
+    def own(self: nn.Module, site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The leaf with what its adapters change in it, before what they compute around it."""
         if kind is not None:
             if not args and kwargs:  # the one input of these layers, given by its name
                 args = (kwargs.pop(next(iter(kwargs))),)
             return kind.forward(self, site, call, *args, **kwargs)
-        if site.route is not None:
+        if site.route is not None and any(slot.own for slot in site.active):
             raise AdapterError(
                 f"{site.path} ({type(self).__name__}) has parameters of its own in an adapter (a bias, a head, experts), "
                 "and rows of one batch cannot take different ones there. Run one adapter at a time with lorakit.use."
             )
         return _keeping(site, call, args, kwargs)
 
+    forward.__wrapped__ = base_forward  # type: ignore[attr-defined]  # callers read its signature
     return forward
+
+
+def _around(leaf: nn.Module, site: Site, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call with the operations of the active adapters around it, the first adapter's innermost."""
+    for number, slot in enumerate(site.active):
+        for operation, names in slot.inserts:
+            tensors = {name: getattr(leaf, attribute) for name, attribute in names.items()}
+            call = partial(operation.run, leaf, call, tensors, Share(slot.strength, site.route, number))
+    return call
 
 
 def _keeping(site: Site, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

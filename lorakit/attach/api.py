@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorakit.attach.anatomy import parameters_of
 from lorakit.attach.host import KEY, Host, Record, State, check_names, check_not_merged, find_host, host_of
-from lorakit.attach.method import LEARNT, Draft, Method
+from lorakit.attach.method import LEARNT, Draft, Method, Several
 from lorakit.attach.quantized import dense_shape
 from lorakit.core.route import Route
 from lorakit.errors import AdapterError, UsageError
@@ -47,30 +47,35 @@ class Counts:
     """Numbers of parameters. total: all that the model computes with, shared ones once; trainable: those with gradients.
 
     low_rank: of the active adapters' low-rank pairs; replaced: of the heads and biases that they train in full (the
-    paper trains a classification head but does not count it: its figures are `low_rank`).
+    paper trains a classification head but does not count it: its figures are `low_rank` or `inserted`); inserted: of what
+    they compute besides the model's own layers (bottleneck adapters, prefixes).
     """
 
     trainable: int
     total: int
     low_rank: int
     replaced: int
+    inserted: int
 
 
 def attach(
     model: nn.Module,
-    method: Method,
+    method: Method | Sequence[Method],
     name: str = "default",
     *,
     trainable: bool = True,
     dtype: torch.dtype | None = None,
     seed: int | None = None,
 ) -> AttachReport:
-    """Attach a fresh adapter, in place, freeze the base and switch the adapter on (it changes no output yet).
+    """Attach a fresh adapter, in place, freeze the base and switch the adapter on (it changes no output yet, unless it is a
+    prompt or a prefix). A list of methods adapts together, as one adapter.
 
     dtype: of the low-rank tensors; None = that of the weight beside each. seed: of its initial values; None = torch's
     global generator. Raises TargetError where nothing (or the wrong thing) matches, AdapterError where the name is taken
     or an adapter is merged; the model is then as it was.
     """
+    if isinstance(method, list | tuple):
+        method = Several(tuple(method)) if len(method) != 1 else method[0]
     if not isinstance(method, Method):
         raise UsageError(f"attach expects a method such as lorakit.LoRA(r=8), not {type(method).__name__}.")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -145,6 +150,9 @@ def set_trainable(draft: Draft, trainable: bool) -> None:
         rows.rows = turned(rows.rows)
     for group in draft.replaced.values():
         group.update({name: turned(tensor) for name, tensor in group.items()})
+    for inserts in draft.inserts.values():
+        for insert in inserts.values():
+            insert.tensors.update({name: turned(tensor) for name, tensor in insert.tensors.items()})
 
 
 def detach(model: nn.Module, name: str) -> None:
@@ -292,20 +300,22 @@ def count_parameters(model: nn.Module) -> Counts:
     """Count the model's parameters with its active adapters; works on the meta device. See Counts."""
     host = find_host(model)
     adapter_ids: set[int] = set()
-    low_rank = replaced = 0
+    low_rank = replaced = inserted = 0
     if host is not None:
         host.current()
         active = [host.records[name] for name, _ in host.state.selection]
         adapter_ids = {id(tensor) for record in active for tensor in record.tensors()}
         low_rank = _size([tensor for record in active for tensor in record.draft.low_rank()])
-        replaced = _size([tensor for record in active for tensor in record.tensors()]) - low_rank
+        inserted = _size([tensor for record in active for tensor in record.draft.inserted()])
+        replaced = _size([tensor for record in active for tensor in record.tensors()]) - low_rank - inserted
     own = [parameter for parameter in model.parameters() if id(parameter) not in adapter_ids]
-    total = sum(dense_shape(parameter).numel() for parameter in own) + low_rank + replaced
+    total = sum(dense_shape(parameter).numel() for parameter in own) + low_rank + replaced + inserted
     return Counts(
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         total=total,
         low_rank=low_rank,
         replaced=replaced,
+        inserted=inserted,
     )
 
 

@@ -96,7 +96,9 @@ def _ready(leaf: nn.Module, kind: LinearKind, x: Tensor) -> bool:
     site: Any = leaf.__dict__.get("_lk_site")
     low = None if site is None else kind.only_pair(site)
     heard = leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks
-    return low is not None and not heard and not (low.dropout and leaf.training) and kind.fusable(leaf, site, x)
+    if low is None or site.inserts:
+        return False
+    return not heard and not (low.dropout and leaf.training) and kind.fusable(leaf, site, x)
 
 
 def _activation(module: nn.Module | None, training: bool) -> str | None:

@@ -121,6 +121,7 @@ class Host:
                         "Attach, switch and detach through one and the same module."
                     )
                 _check_free(leaf, path)
+                self.fed.pop(path, None)  # it takes the adapted class instead
             site = self.sites.get(path) or Site(path, None)
             wear(leaf, site, replaced)
             self.leaves[path], self.sites[path] = leaf, site

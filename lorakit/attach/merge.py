@@ -51,6 +51,7 @@ def merge(
         before = host.state
         host.switch(State(tuple(chosen.items())))
         try:
+            _check_inserts(host)
             reference = None if probe is None else _logits(model, probe)
             originals, untied = _write_merged(model, host)
         except BaseException:
@@ -155,6 +156,16 @@ def _changed(active: tuple[Slot, ...]) -> list[str]:
     if any(low.bias is not None for low in lows):
         names.add("bias")
     return sorted(names)
+
+
+def _check_inserts(host: Host) -> None:
+    for name, _ in host.state.selection:
+        record = host.records[name]
+        if record.draft.inserts:
+            raise AdapterError(
+                f"{name!r} ({record.method.name}) computes something of its own at {next(iter(record.draft.inserts))!r}: "
+                "that is no change of a weight, and cannot be merged into one. Use it unmerged."
+            )
 
 
 def _check_mergeable(leaf: nn.Module, path: str, names: list[str], active: tuple[Slot, ...]) -> None:

@@ -1,14 +1,16 @@
 """What every adaptation method is to the rest of lorakit: a configuration that drafts tensors for a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.attach.operation import Operation
 from lorakit.core.delta import join_fixed, spread_parts
+from lorakit.errors import UsageError
 
 LEARNT = ("A", "Bt", "magnitude", "bias")  # the fields of a Pair that are trained
 HELD = (*LEARNT, "fixed_a", "fixed_bt")  # all that hold a tensor
@@ -80,6 +82,14 @@ class TokenRows:
 
 
 @dataclass
+class Insert:
+    """A computation that an adapter adds at a module. tensors: what it trains, by name."""
+
+    operation: Operation
+    tensors: dict[str, Tensor]
+
+
+@dataclass
 class Draft:
     """What a method adds to a model; nothing of the model has been changed yet.
 
@@ -87,6 +97,7 @@ class Draft:
     raw: module path -> {parameter name: pair} for parameters that their module reads itself (experts, attention).
     tokens: embedding path -> rows trained in full.
     tied: path of a head -> path of the embedding whose pair (or rows) it takes too, their weight being one.
+    inserts: module path -> {label: what is computed there besides}; the first is innermost.
     """
 
     pairs: dict[str, Pair] = field(default_factory=dict)
@@ -94,6 +105,7 @@ class Draft:
     raw: dict[str, dict[str, Pair]] = field(default_factory=dict)
     tokens: dict[str, TokenRows] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
+    inserts: dict[str, dict[str, Insert]] = field(default_factory=dict)
 
     def all_pairs(self) -> Iterator[tuple[str, Pair]]:
         """(path, pair) of every low-rank pair; a raw parameter's path ends in its name."""
@@ -106,15 +118,20 @@ class Draft:
         """The trained tensors of all pairs."""
         return [tensor for _, pair in self.all_pairs() for tensor in pair.learnt()]
 
+    def inserted(self) -> list[Tensor]:
+        """The trained tensors of all inserts; one that several share once."""
+        found = [tensor for group in self.inserts.values() for one in group.values() for tensor in one.tensors.values()]
+        return list({id(tensor): tensor for tensor in found}.values())
+
     def tensors(self) -> list[Tensor]:
         """Every trained tensor, in the model's order."""
         own = [tensor for group in self.replaced.values() for tensor in group.values()]
-        found = self.low_rank() + own + [rows.rows for rows in self.tokens.values()]
+        found = self.low_rank() + own + [rows.rows for rows in self.tokens.values()] + self.inserted()
         return list({id(tensor): tensor for tensor in found}.values())  # a shared one once
 
     def paths(self) -> dict[str, None]:
         """The modules that the draft touches, each once."""
-        return dict.fromkeys([*self.pairs, *self.raw, *self.tokens, *self.tied, *self.replaced])
+        return dict.fromkeys([*self.pairs, *self.raw, *self.tokens, *self.tied, *self.replaced, *self.inserts])
 
 
 class Method(ABC):
@@ -133,3 +150,56 @@ class Method(ABC):
     def learning_rates(self, model: nn.Module, draft: Draft) -> Mapping[int, float]:
         """id of a trained tensor -> the factor on the learning rate that the method gives it; 1 where it stands not."""
         return {}
+
+
+@dataclass(frozen=True)
+class Several(Method):
+    """Methods that adapt one model together (LoRA with a prefix: the paper's appendix E); a list of methods becomes this."""
+
+    name: ClassVar[str] = "several"
+
+    methods: tuple[Method, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.methods) < 2 or not all(isinstance(one, Method) for one in self.methods):
+            raise UsageError(f"a combination is a list of at least two methods, not {self.methods!r}.")
+        if any(isinstance(one, Several) for one in self.methods):
+            raise UsageError("a combination holds methods, no other combination: write one flat list.")
+        names = [one.name for one in self.methods]
+        if len(set(names)) < len(names):
+            raise UsageError(f"a combination takes one method of a kind, not {', '.join(names)}.")
+
+    def drafts(self, model: nn.Module, *, dtype: torch.dtype | None, generator: torch.Generator | None) -> list[Draft]:
+        """A draft for each method, in order."""
+        return [one.draft(model, dtype=dtype, generator=generator) for one in self.methods]
+
+    def draft(self, model: nn.Module, *, dtype: torch.dtype | None, generator: torch.Generator | None) -> Draft:
+        return joined(self.drafts(model, dtype=dtype, generator=generator))
+
+    def learning_rates(self, model: nn.Module, draft: Draft) -> Mapping[int, float]:
+        return {key: rate for one in self.methods for key, rate in one.learning_rates(model, draft).items()}
+
+
+def joined(drafts: Sequence[Draft]) -> Draft:
+    """One draft of several. A head that more than one trains in full is taken from the first; else each place is one's own."""
+    whole = Draft()
+    for draft in drafts:
+        for one in fields(Draft):
+            mine, theirs = getattr(whole, one.name), getattr(draft, one.name)
+            for path, value in theirs.items():
+                if one.name in ("raw", "inserts", "replaced"):
+                    taken = mine.setdefault(path, {})
+                    if one.name != "replaced":
+                        _check_apart(path, set(taken) & set(value))
+                    taken.update({name: part for name, part in value.items() if name not in taken})
+                else:
+                    _check_apart(path, {path} & set(mine))
+                    mine[path] = value
+    return whole
+
+
+def _check_apart(path: str, both: set[str]) -> None:
+    if both:
+        raise UsageError(
+            f"two methods of the combination adapt {path} ({', '.join(sorted(both))}): leave it to one of them."
+        )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakit.attach.method import effective
+from lorakit.attach.operation import Operation
 from lorakit.core.autograd import SWITCHED
 from lorakit.core.delta import expert_delta, guarded
 from lorakit.core.route import Route
@@ -56,6 +57,9 @@ class Slot:
     raw: dict[str, LowRank]  # parameter name -> the pair on it, where the module reads the parameter itself
     rows: str | None  # attribute name of an embedding's rows that are trained in full
     indices: str | None  # attribute name of their numbers
+    inserts: tuple[
+        tuple[Operation, dict[str, str]], ...
+    ] = ()  # and {name of a tensor: attribute name}, innermost first
 
     @property
     def own(self) -> bool:
@@ -67,13 +71,14 @@ class Site:
     """The state of one adapted leaf. It does not refer to the host, so that a leaf can be copied on its own."""
 
     __slots__ = (
-        "active", "born", "epoch", "group", "inner", "kept", "mark", "only", "path", "route", "seen", "thread",
+        "active", "born", "epoch", "group", "inner", "inserts", "kept", "mark", "only", "path", "route", "seen", "thread",
     )  # fmt: skip
 
     def __init__(self, path: str, inner: Callable[..., Any] | None) -> None:
         self.path = path
         self.inner = inner  # an instance `forward` that was there before (accelerate's hooks), else None
         self.active: tuple[Slot, ...] = ()
+        self.inserts = False  # whether any of them computes something besides the leaf
         self.route: Route | None = None
         self.only: dict[int, int] = {}  # thread -> the one slot that is on while it computes a routed group; -1 = base
         self.group: Any = None  # lorakit.attach.group.Group: the layers that share this one's input
@@ -95,6 +100,7 @@ class Site:
     def switch(self, active: tuple[Slot, ...], route: Route | None, epoch: int, mark: Tensor) -> None:
         """mark: a 0-dim CPU tensor that holds `epoch` (see lorakit.core.autograd.check_epoch)."""
         self.active, self.route, self.epoch, self.mark = active, route, epoch, mark
+        self.inserts = any(slot.inserts for slot in active)
         self.born, self.thread = torch._C._autograd._get_sequence_nr(), get_ident()
 
     def notice(self) -> None:

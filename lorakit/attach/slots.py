@@ -23,6 +23,8 @@ def places_of(draft: Draft) -> Iterator[tuple[str, str, Holder]]:
         yield from ((path, name, rows) for name in ("indices", "rows"))
     for path, tensors in draft.replaced.items():
         yield from ((path, name, tensors) for name in tensors)
+    for path, inserts in draft.inserts.items():
+        yield from ((path, name, insert.tensors) for insert in inserts.values() for name in insert.tensors)
 
 
 def attributes_of(slot: Slot, path: str, draft: Draft) -> Iterator[tuple[str, str, Holder]]:
@@ -37,6 +39,9 @@ def attributes_of(slot: Slot, path: str, draft: Draft) -> Iterator[tuple[str, st
         yield slot.indices, "indices", draft.tokens[home]
     for name, attribute in slot.replaced.items():
         yield attribute, name, draft.replaced[path]
+    for (_, names), insert in zip(slot.inserts, draft.inserts.get(path, {}).values(), strict=True):
+        for name, attribute in names.items():
+            yield attribute, name, insert.tensors
 
 
 def _of_pair(low: LowRank, pair: Pair) -> Iterator[tuple[str, str, Holder]]:
@@ -82,6 +87,10 @@ def slot_for(leaf: nn.Module, path: str, draft: Draft, strength: float, suffix: 
         raw,
         f"lora_rows{suffix}" if has_rows else None,
         f"lora_indices{suffix}" if has_rows else None,
+        tuple(
+            (insert.operation, {name: f"lora_{label}_{name}{suffix}" for name in insert.tensors})
+            for label, insert in draft.inserts.get(path, {}).items()
+        ),
     )
 
 

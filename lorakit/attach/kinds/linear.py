@@ -10,6 +10,7 @@ from lorakit.attach.site import LowRank, Site
 from lorakit.core import kernels
 from lorakit.core.autograd import LowRankLinear
 from lorakit.core.delta import add_low_rank_, delta_weight, low_rank
+from lorakit.core.grouped import Layer, Pair, grouped_linear, stretches
 from lorakit.core.siblings import Member, low_rank_siblings
 
 
@@ -107,6 +108,39 @@ class LinearKind(LeafKind):
         A, Bt = low.factors(leaf)
         weight: Tensor = leaf.weight  # type: ignore[assignment]
         return Member(weight, leaf.bias, A.to(dtype), Bt.to(dtype), low.scale, self.transposed)  # type: ignore[arg-type]
+
+    # -- rows of one batch that take different adapters, in training --------------------------------------------------
+
+    def _routed(self, leaf: nn.Module, site: Site, call: Call, x: Tensor) -> Tensor:
+        found = self._stretches(leaf, site, x)
+        if found is None:
+            return super()._routed(leaf, site, call, x)
+        spans, layer = found
+        return grouped_linear(x, spans, [layer], site.mark, site.epoch)[0]
+
+    def _stretches(self, leaf: nn.Module, site: Site, x: Tensor) -> tuple[list[tuple[int, int]], Layer] | None:
+        """(tokens of each adapter, the leaf with its pairs) where its rows are neighbours and all is one fused product."""
+        route = site.route
+        if not (kernels.fused and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return None
+        if route is None or route.strict or route.tokens or x.dim() < 2 or not self.fusable(leaf, site, x):
+            return None
+        found, rows = stretches(route.index), len(route.index)
+        bias: Tensor | None = leaf._parameters.get("bias")
+        if found is None or not rows or x.shape[0] % rows or (bias is not None and bias.requires_grad):
+            return None
+        pairs: list[Pair | None] = []
+        for slot, _, _ in found:
+            active, low = site.active[slot], site.active[slot].low
+            if active.own or active.rows is not None or (low is not None and not low.plain):
+                return None
+            if low is not None and low.dropout and leaf.training:
+                return None
+            A, Bt = (None, None) if low is None else low.factors(leaf)
+            pairs.append(None if low is None else Pair(A.to(x.dtype), Bt.to(x.dtype), low.scale))  # type: ignore[union-attr]
+        repeat = x.numel() // x.shape[-1] // rows
+        weight: Tensor = leaf.weight  # type: ignore[assignment]
+        return [(a * repeat, b * repeat) for _, a, b in found], Layer(weight, bias, self.transposed, tuple(pairs))
 
     def fusable(self, leaf: nn.Module, site: Site, x: Tensor) -> bool:
         """The fused functions compute the stock product themselves: only for a plain, dense, frozen weight of x's type."""
