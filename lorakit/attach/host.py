@@ -18,6 +18,7 @@ from lorakit.attach.feedforward import feed, starve
 from lorakit.attach.group import Group
 from lorakit.attach.kinds import LinearKind, low_rank_kind
 from lorakit.attach.method import Draft, Method
+from lorakit.attach.norm import fuse_norm
 from lorakit.attach.reading import siblings
 from lorakit.attach.site import Site, Slot
 from lorakit.attach.slots import EMPTY, attributes_of, note_in, places_of, read_of, slot_for
@@ -97,7 +98,7 @@ class Host:
         self.flags = dict(flags)
         self.together: list[tuple[str, ...]] = []  # paths of leaves that share an input
         self.joined = False  # whether their sites know of each other
-        self.fed: dict[str, nn.Module] = {}  # feed-forward modules whose class is swapped
+        self.fed: dict[str, nn.Module] = {}  # feed-forward modules and norms whose class is swapped
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "lock"}
@@ -145,6 +146,15 @@ class Host:
             if parent not in self.fed and feed(module):
                 self.fed[parent] = module
         self.together, self.joined = together, False
+        self._calm(model, below)
+
+    def _calm(self, model: nn.Module, parents: Iterable[str]) -> None:
+        """Fuse the norms that stand beside the adapted layers, and beside the modules that hold these."""
+        for place in {holder for path in parents for holder in (path, path.rpartition(".")[0])}:
+            for name, child in model.get_submodule(place)._modules.items():
+                path = f"{place}.{name}" if place else name
+                if child is not None and path not in self.fed and fuse_norm(child):
+                    self.fed[path] = child
 
     def _join(self) -> None:
         """Make the sites of leaves that share an input known to each other."""
@@ -160,7 +170,7 @@ class Host:
         self.joined = True
 
     def part(self) -> None:
-        """Give the feed-forward modules their own classes back."""
+        """Give the feed-forward modules and norms their own classes back."""
         for module in self.fed.values():
             starve(module)
         self.fed.clear()
