@@ -43,7 +43,11 @@ class Group:
         """The leaf's output on x; the other members' are kept for them."""
         site: Site = leaf._lk_site  # type: ignore[assignment]
         outputs = low_rank_siblings(x, [member for _, member in members], dropout, site.mark, site.epoch)
-        self._kept = {id(other): y for (other, _), y in zip(members, outputs, strict=True)}
+        return self.keep(leaf, x, [other for other, _ in members], outputs)
+
+    def keep(self, leaf: nn.Module, x: Tensor, leaves: Sequence[nn.Module], outputs: Sequence[Tensor]) -> Tensor:
+        """The leaf's output of those that were computed on x for `leaves`; the others' are kept for them."""
+        self._kept = {id(other): y for other, y in zip(leaves, outputs, strict=True)}
         self._input, self._version, self._thread = weakref.ref(x), x._version, get_ident()
         return self._kept.pop(id(leaf))
 
