@@ -1,6 +1,7 @@
 """Prompts -> answers, on transformers' own decoding."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lorakit.errors import DataError
 from lorakit.generate.config import GenerateConfig
 from lorakit.generate.modes import device_of, evaluating, generation_settings, seeded
 from lorakit.generate.prompts import Prompt, prompt_ids
+from lorakit.generate.shared import Beginning, shared_beginning
 from lorakit.models import longest_row
 
 _KEPT = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
@@ -43,8 +45,11 @@ def generate(
     answers, done, device = [""] * len(rows), 0, device_of(model)
     settings = _settings(model, tokenizer, config)
     with evaluating(model), generation_settings(model, settings), seeded(config.seed, device):
+        beginning = None
+        if task == "causal-lm" and config.num_beams == 1:  # transformers repeats no cache for its beams
+            beginning = shared_beginning(model, [row.input_ids for row in rows], device)
         for batch in BatchOrder(lengths, config.batch_size, seed=0).evaluation():
-            texts = _decode(model, tokenizer, [rows[row] for row in batch], task, config.stop)
+            texts = _decode(model, tokenizer, [rows[row] for row in batch], task, config.stop, beginning)
             for row, text in zip(batch, texts, strict=True):
                 answers[row] = text
             done += len(batch)
@@ -78,17 +83,32 @@ def _settings(model: Any, tokenizer: Any, config: GenerateConfig) -> Any:
     return GenerationConfig.from_dict(chosen)
 
 
-def _decode(model: Any, tokenizer: Any, rows: Sequence[Encoded], task: str, stop: tuple[str, ...]) -> list[str]:
+def _decode(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    task: str,
+    stop: tuple[str, ...],
+    beginning: Beginning | None,
+) -> list[str]:
     # A decoder's answer must start right behind its prompt; an encoder reads from position 0.
     side = "right" if task == "seq2seq" else "left"
-    batch = collate(rows, pad_id=tokenizer.pad_token_id, task=task, side=side)
-    ids = batch["input_ids"].to(device_of(model))  # B, T
+    shared = 0 if beginning is None else len(beginning.ids)
+    own = [replace(row, input_ids=row.input_ids[shared:]) for row in rows]
+    batch = collate(own, pad_id=tokenizer.pad_token_id, task=task, side=side)
+    ids, mask = (batch[key].to(device_of(model)) for key in ("input_ids", "attention_mask"))  # B, T
+    extra = {}
+    if beginning is not None:  # it stands before the padding
+        ids = torch.cat([beginning.ids.expand(len(rows), -1), ids], 1)
+        mask = torch.cat([mask.new_ones(len(rows), shared), mask], 1)
+        extra = {"past_key_values": beginning.of(len(rows))}
     start = 1 if task == "seq2seq" else ids.shape[1]  # a separate decoder begins with one start token
     # The mask is given, never guessed from pad ids: the pad token may be a token of the text (eos).
     written = model.generate(
         input_ids=ids,
-        attention_mask=batch["attention_mask"].to(ids.device),
+        attention_mask=mask,
         stopping_criteria=[_Stop(tokenizer, stop, start)] if stop else None,
+        **extra,
     )
     return [_cut(text, stop) for text in _texts(tokenizer, written[:, start:])]
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import lorakit as lk
 from lorakit.data import ChatExample, Message
 from lorakit.errors import DataError, UsageError
 from lorakit.generate import GenerateConfig, generate
+from lorakit.generate.shared import shared_beginning
 
 PROMPTS = ["a", "SELECT name FROM t", "hello there", "x" * 40, "ab", "été ñ"]
 
@@ -228,3 +230,36 @@ def test_a_chat_without_a_template_is_an_error(llama, tokenizer, monkeypatch):
 def test_settings_that_are_wrong_or_idle_are_errors(changes):
     with pytest.raises(UsageError, match=next(iter(changes))):
         GenerateConfig(**changes)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_shared_beginning_goes_through_once_and_changes_no_answer(writer, tokenizer, adapted):
+    if writer.config.is_encoder_decoder:
+        pytest.skip("an encoder reads each prompt as a whole")
+    if adapted:
+        lk.attach(writer, lk.LoRA(r=2), name="a", seed=0)
+        with torch.no_grad():
+            for parameter in lk.parameters(writer, "a"):
+                parameter.normal_(std=0.3)
+    start = "CREATE TABLE album (id, title); -- the same for all "
+    prompts = [start + prompt for prompt in ("a", "SELECT name", "x" * 12, "", "ab")]
+    seen = []
+    handle = writer.get_input_embeddings().register_forward_hook(lambda _m, args, _y: seen.append(tuple(args[0].shape)))
+    answers = generate(writer, tokenizer, prompts, GenerateConfig(max_new_tokens=10, batch_size=2))
+    handle.remove()
+    assert answers == [greedy_by_hand(writer, tokenizer, prompt, 10) for prompt in prompts]
+    assert seen[0][0] == 1
+    assert seen[0][1] >= 32
+    assert max(length for rows, length in seen[1:]) < seen[0][1]
+
+
+def test_a_short_beginning_is_not_shared(llama, tokenizer):
+    assert shared_beginning(llama, [[5, 6, 7], [5, 6, 8]], torch.device("cpu")) is None
+    rows = [[5] * 40 + [6], [5] * 40 + [7, 8]]
+    found = shared_beginning(llama, rows, torch.device("cpu"))
+    assert found is not None
+    assert len(found.ids) == 40
+    assert len(shared_beginning(llama, [rows[0], rows[0]], torch.device("cpu")).ids) == 40  # a token is left to read
+    lk.attach(llama, lk.LoRA(r=2), name="a")
+    with lk.route(llama, ["a", None]):
+        assert shared_beginning(llama, rows, torch.device("cpu")) is None
