@@ -10,6 +10,7 @@ from lorakit.data.examples import (
     LabelExample,
     Message,
     PromptExample,
+    QuestionExample,
     group_references,
     references_of,
     sample,
@@ -20,6 +21,8 @@ from lorakit.data.load import load_examples
 from lorakit.data.read import read_rows
 from lorakit.data.summary import DataSummary, describe
 from lorakit.data.template import encode_chat
+from lorakit.data.wikisql import LogicalForm, parse_sql
+from lorakit.data.windows import Window, encode_question, encode_questions
 
 __all__ = [
     "FORMATS",
@@ -33,17 +36,23 @@ __all__ = [
     "Encoded",
     "ImageExample",
     "LabelExample",
+    "LogicalForm",
     "Message",
     "PromptExample",
+    "QuestionExample",
+    "Window",
     "collate",
     "collate_images",
     "describe",
     "encode",
     "encode_all",
     "encode_chat",
+    "encode_question",
+    "encode_questions",
     "group_references",
     "load_class_folders",
     "load_examples",
+    "parse_sql",
     "prompt_ids",
     "prompt_text",
     "read_rows",

@@ -1,12 +1,12 @@
 """Rows -> batches: padding to the longest of the batch, and orders that put rows of like length together."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lorakit.data.encode import CLASSIFICATION, IGNORE, SEQ2SEQ, Encoded, check_task
+from lorakit.data.encode import CAUSAL_LM, CLASSIFICATION, IGNORE, QUESTION_ANSWERING, SEQ2SEQ, Encoded, check_task
 from lorakit.errors import UsageError
 
 MEGABATCH = 50
@@ -19,7 +19,8 @@ def collate(items: Sequence[Encoded], *, pad_id: int, task: str, side: str = "ri
     side: where the padding goes, right or left (the target of seq2seq is always padded right).
     Returns input_ids (batch, seq), attention_mask (batch, seq), token_type_ids (batch, seq) where the rows have them,
     and labels: (batch, seq) for causal-lm, (batch, target) for seq2seq, both -100 at padding; (batch,) for
-    sequence-classification, of integers for classes, float32 for scores. Raises UsageError.
+    sequence-classification, of integers for classes, float32 for scores; (batch, 2) for question-answering, the first
+    and the last token of the answer in the padded row. Raises UsageError.
     """
     check_task(task)
     if side not in ("left", "right"):
@@ -47,6 +48,10 @@ def labels_of(items: Sequence[Encoded], task: str, side: str = "right") -> Tenso
     if task == CLASSIFICATION:
         scores = any(isinstance(label, float) for label in single)
         return torch.tensor(single, dtype=torch.float32 if scores else torch.long)
+    if task == QUESTION_ANSWERING:
+        longest = max(len(item.input_ids) for item in items)
+        shifts = [longest - len(item.input_ids) if side == "left" else 0 for item in items]
+        return torch.tensor([[place + shift for place in span] for span, shift in zip(several, shifts, strict=True)])
     return padded(several, IGNORE, "right" if task == SEQ2SEQ else side)
 
 
@@ -55,6 +60,87 @@ def padded(rows: Sequence[list[int]], fill: int, side: str = "right") -> Tensor:
     longest = max(map(len, rows))
     blanks = ([fill] * (longest - len(row)) for row in rows)
     return torch.tensor([row + pad if side == "right" else pad + row for row, pad in zip(rows, blanks, strict=True)])
+
+
+_KEYS = frozenset(("input_ids", "attention_mask", "token_type_ids", "labels", "segments"))
+_SPLIT = (CAUSAL_LM, SEQ2SEQ, CLASSIFICATION)
+PASS = 512
+"""Positions that a forward and backward pass must save to be worth its calls."""
+
+
+def split_batch(batch: Mapping[str, Tensor], most: int, task: str) -> list[Mapping[str, Tensor]]:
+    """The batches in which a batch of tokens, packed or not, is run: each of at most `most` positions, or of one row.
+
+    Rows of like length come together, padded to the longest of theirs; there are as few batches as saving padding pays.
+    Their losses' sums add up to the whole batch's. A batch of something else comes back as it is.
+    """
+    rows, length = batch["input_ids"].shape if "input_ids" in batch else (1, 1)
+    if (
+        rows == 1
+        or task not in _SPLIT
+        or not batch.keys() <= _KEYS
+        or (("segments" in batch) == ("attention_mask" in batch))
+    ):
+        return [batch]
+    if "segments" in batch:
+        step = rows if rows * length <= most else max(1, most // length)
+        return [_some_packed(batch, begin, begin + step, task) for begin in range(0, rows, step)]
+    mask = batch["attention_mask"]
+    place = torch.arange(1, length + 1, device=mask.device)
+    left = not bool(mask[:, 0].all())
+    lengths = (mask * (place.flip(0) if left else place)).amax(1).clamp_min(1).tolist()
+    order = sorted(range(rows), key=lengths.__getitem__, reverse=True)
+    cuts = _cuts([lengths[row] for row in order], most)
+    if len(cuts) == 1:
+        return [batch]
+    return [_some_rows(batch, order[begin:end], lengths[order[begin]], left, task) for begin, end in cuts]
+
+
+def _cuts(lengths: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """(begin, end) of each batch of rows sorted by falling length: the cheapest, counting PASS positions a batch."""
+    least, came = [0.0], [0]
+    for end in range(1, len(lengths) + 1):
+        costs = [
+            (least[begin] + (end - begin) * lengths[begin] + PASS, begin)
+            for begin in range(end)
+            if (end - begin) * lengths[begin] <= most or end - begin == 1
+        ]
+        cost, begin = min(costs)
+        least.append(cost)
+        came.append(begin)
+    cuts, end = [], len(lengths)
+    while end:
+        cuts.append((came[end], end))
+        end = came[end]
+    return cuts[::-1]
+
+
+def _some_rows(
+    batch: Mapping[str, Tensor], rows: Sequence[int], length: int, left: bool, task: str
+) -> dict[str, Tensor]:
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[list(rows)][:, -length:] if left else tensor[list(rows)][:, :length]
+
+    found = {key: cut(value) for key, value in batch.items() if key != "labels"}
+    if "labels" in batch:
+        labels = batch["labels"]
+        if task == SEQ2SEQ:
+            own = labels[list(rows)]
+            place = torch.arange(1, own.shape[1] + 1, device=own.device)
+            found["labels"] = own[:, : max(1, int(((own != IGNORE) * place).max()))]
+        else:
+            found["labels"] = labels[list(rows)] if task in (CLASSIFICATION, QUESTION_ANSWERING) else cut(labels)
+    return found
+
+
+def _some_packed(batch: Mapping[str, Tensor], begin: int, end: int, task: str) -> Mapping[str, Tensor]:
+    """Rows of a packed batch; of a classification's labels those of the rows' examples."""
+    found = {key: value[begin:end] for key, value in batch.items() if key != "labels"}
+    if "labels" in batch and task == CLASSIFICATION:
+        held = batch["segments"].amax(1)
+        first, count = int(held[:begin].sum()), int(held[begin:end].sum())
+        return found | {"labels": batch["labels"][first : first + count]}
+    return found | ({"labels": batch["labels"][begin:end]} if "labels" in batch else {})
 
 
 class BatchOrder:

@@ -36,20 +36,24 @@ class DataConfig:
     test: str | None = None
     """The same, for the figures at the end."""
     format: str = "auto"
-    """auto, prompt-completion, messages, alpaca, text-label, e2e, glue, glue:<task>, prompts or imagefolder (formats.py)."""
+    """auto, prompt-completion, messages, alpaca, text-label, e2e, webnlg (webnlg:seen, webnlg:unseen), dart, wikisql, samsum,
+    squad, glue, glue:<task>, prompts or imagefolder (formats.py)."""
     max_length: int | None = None
     """The most tokens of a row; None is what the model takes."""
     truncate: bool = False
     """False: a longer row is an error that names its line. True: it is cut (encode.py says where)."""
+    stride: int | None = None
+    """question-answering: tokens that neighbouring windows of a long context share; None = a third of max_length, and never
+    more than half of what the question leaves for the context."""
     limit: int | None = None
-    """Use only so many training rows: a sample drawn with the run's seed, in the file's order."""
+    """Use only so many training rows: a sample drawn with the run's seed, in the file's order; the 100 are among the 1,000."""
     eval_limit: int | None = None
     """The same for the eval and the test set."""
     columns: Columns = field(default_factory=Columns)
     """What the columns are called in your files."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "limit", "eval_limit"):
+        for name in ("max_length", "limit", "eval_limit", "stride"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"data.{name} must be at least 1, came {value}. Leave it out for no limit.")

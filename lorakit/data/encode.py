@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.data.examples import ChatExample, Dataset, Example, LabelExample, PromptExample
+from lorakit.data.examples import ChatExample, Dataset, Example, LabelExample, PromptExample, QuestionExample
 from lorakit.data.faults import Faults, with_source
 from lorakit.data.template import encode_chat, render_prompt
 from lorakit.data.tokens import continuing_ids, end_id, ids_of, longest_row, opening_ids
@@ -23,16 +23,19 @@ IGNORE = -100
 CAUSAL_LM = "causal-lm"
 SEQ2SEQ = "seq2seq"
 CLASSIFICATION = "sequence-classification"
+QUESTION_ANSWERING = "question-answering"
 
 _NEEDED: dict[str, tuple[type[Example], ...]] = {
     CAUSAL_LM: (PromptExample, ChatExample),
     SEQ2SEQ: (PromptExample,),
     CLASSIFICATION: (LabelExample,),
+    QUESTION_ANSWERING: (QuestionExample,),
 }
 _NEEDED_WORDS = {
     CAUSAL_LM: "prompts with completions, or chats",
     SEQ2SEQ: "prompts with completions",
     CLASSIFICATION: "texts with labels",
+    QUESTION_ANSWERING: "questions on contexts",
 }
 PROGRESS_EVERY = 100
 
@@ -42,7 +45,8 @@ class Encoded:
     """One row for the model.
 
     labels: causal-lm: one id a token of `input_ids`, -100 without loss; seq2seq: the target's ids; classification: the
-    class id or score. token_type_ids: which text of a pair a token is of, where the model's tokenizer tells.
+    class id or score; question-answering: the first and the last token of the answer. token_type_ids: which text of a
+    pair a token is of, where the model's tokenizer tells.
     """
 
     input_ids: list[int]
@@ -59,7 +63,7 @@ def encode(
     max_length: int | None,
     truncate: bool = False,
 ) -> Encoded:
-    """One example for `task` (causal-lm, seq2seq or sequence-classification).
+    """One example for `task` (causal-lm, seq2seq or sequence-classification; a question may be several: encode_questions).
 
     max_length: the most tokens of a row; None asks the tokenizer. truncate: cut a longer row instead of raising. Cut
     are: a prompt at its beginning (behind the begin token) before a completion at its end; a chat, a seq2seq source
@@ -69,6 +73,8 @@ def encode(
     if not isinstance(example, _NEEDED[task]):
         came = type(example).__name__
         raise DataError(f"the task {task} needs {_NEEDED_WORDS[task]}, came a {came}", line=example.line)
+    if task == QUESTION_ANSWERING:
+        raise UsageError("a question on a long context is several rows: use encode_questions.")
     limit = longest_row(tokenizer, max_length)
     if isinstance(example, LabelExample):
         return _label(example, tokenizer, limit, truncate)
@@ -92,8 +98,7 @@ def encode_all(
 
     Raises DataError that names the source and up to five bad rows (too long, without a completion or label ...).
     """
-    check_task(task)
-    _check_fit(dataset, task)
+    check_fit(dataset, task)
     faults = Faults(dataset.source)
     encoded, total = [], len(dataset)
     for done, example in enumerate(dataset.examples, start=1):
@@ -130,7 +135,9 @@ def check_task(task: str) -> None:
         raise UsageError(f"task must be one of {', '.join(_NEEDED)}; came {task!r}")
 
 
-def _check_fit(dataset: Dataset, task: str) -> None:
+def check_fit(dataset: Dataset, task: str) -> None:
+    """Raises DataError for an empty data set or one of another kind than `task` needs, UsageError for an unknown task."""
+    check_task(task)
     if not dataset.examples:
         raise DataError("the data set is empty. Expected at least one row", source=dataset.source)
     if not isinstance(dataset.examples[0], _NEEDED[task]):

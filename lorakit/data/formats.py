@@ -5,6 +5,12 @@ messages            {"messages": [{"role": .., "content": ..}, ..]} or ShareGPT'
 alpaca              {"instruction": .., "input": .., "output": ..}, input may be empty or missing
 text-label          {"text": .., "label": ..}, pairs as {"sentence1": .., "sentence2": .., "label": ..}
 e2e                 lines `mr||reference`, or columns mr and ref
+webnlg              triples with texts: the challenge's .xml (a file, or a folder of them) or .json (triples.py);
+                    webnlg:seen and webnlg:unseen keep the categories that the training set has, or has not
+dart                triples with texts: DART's .json (triples.py)
+wikisql             questions with logical forms, and the tables' headers beside them (wikisql.py)
+samsum              {"dialogue": .., "summary": ..}
+squad               questions on contexts: SQuAD's .json, v1.1 or v2, or rows as hub sets have them (squad.py)
 glue:<task>         the TSV files of GLUE (glue.py); `glue` alone tells the task from the file
 prompts             prompts to answer, without completions: one a line of a .txt file, or {"prompt": ..}
 imagefolder         a folder of images with a subfolder a class (image_classes.py)
@@ -15,12 +21,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lorakit.data.config import Columns
-from lorakit.data.examples import ChatExample, Message, PromptExample
+from lorakit.data.examples import ChatExample, Message, PromptExample, QuestionExample
 from lorakit.data.labels import UNLABELLED, LabelRow
 from lorakit.data.read import TEXT_LINE, Row
+from lorakit.data.squad import question_examples
+from lorakit.data.triples import DART_KEYS, WEBNLG, WEBNLG_KEYS, WEBNLG_PARTS, dart_examples, webnlg_examples
+from lorakit.data.wikisql import WIKISQL_KEYS, Tables, wikisql_example
 from lorakit.errors import DataError, UsageError
 
-FORMATS = ("prompt-completion", "messages", "alpaca", "text-label", "e2e", "prompts", "imagefolder")
+FORMATS = (
+    "prompt-completion",
+    "messages",
+    "alpaca",
+    "text-label",
+    "e2e",
+    WEBNLG,
+    "dart",
+    "wikisql",
+    "samsum",
+    "squad",
+    "prompts",
+    "imagefolder",
+)
+SAMSUM_ASKS = "\n\nSummary:\n"
+"""A SAMSum prompt is the dialogue and this."""
 
 E2E_MARK = "||"
 E2E_SEPARATOR = "\n"
@@ -53,27 +77,43 @@ _TEXT_COLUMNS = (
     ("sentence1", None),
 )
 _E2E_COLUMNS = (("mr", "ref"), ("meaning_representation", "human_reference"))
+_TELLING = (
+    (WEBNLG, {"entries"}),
+    (WEBNLG, WEBNLG_KEYS),
+    ("dart", DART_KEYS),
+    ("wikisql", WIKISQL_KEYS),
+    ("samsum", {"dialogue", "summary"}),
+    ("squad", {"context", "question", "answers"}),
+    ("squad", {"version", "data"}),
+)
+"""Formats and columns that no other format has."""
 
-ParsedRow = PromptExample | ChatExample | LabelRow
-Parser = Callable[[Row, int], ParsedRow]
-"""Takes a row and its line; returns what it means. Raises DataError (line and field set, no source)."""
+ParsedRow = PromptExample | ChatExample | QuestionExample | LabelRow
+Parser = Callable[[Row, int], Sequence[ParsedRow]]
+"""Takes a row and its line; returns the examples that it holds. Raises DataError (line and field set, no source)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parsing:
-    """What a parser needs to know beside the row. `targets`: False accepts rows without completion or label."""
+    """What a parser needs to know beside the row. `targets`: False accepts rows without completion or label.
+
+    `part`: of webnlg, "seen", "unseen" or None. `tables`: of wikisql, the headers by table, None where there are none.
+    """
 
     columns: Columns
     targets: bool
     keys: tuple[str, ...]
+    part: str | None = None
+    tables: Tables | None = None
 
 
 def canonical_format(name: str) -> str:
     """The one spelling of a format's name ("Prompt/Completion" is prompt-completion). Raises UsageError."""
     known = name.strip().lower().replace("/", "-").replace("_", "-")
-    if known in (*FORMATS, "auto", "glue") or known.startswith("glue:"):
+    if known in (*FORMATS, *WEBNLG_PARTS, "auto", "glue") or known.startswith("glue:"):
         return known
-    raise UsageError(f"data.format must be auto, glue, glue:<task> or one of {', '.join(FORMATS)}; came {name!r}")
+    choices = ", ".join((*FORMATS, *WEBNLG_PARTS))
+    raise UsageError(f"data.format must be auto, glue, glue:<task> or one of {choices}; came {name!r}")
 
 
 def detect_format(keys: Sequence[str], columns: Columns, *, targets: bool) -> str | None:
@@ -90,6 +130,9 @@ def detect_format(keys: Sequence[str], columns: Columns, *, targets: bool) -> st
         return "text-label"
     if any(set(pair) <= found for pair in _E2E_COLUMNS):
         return "e2e"
+    for name, columns_of in _TELLING:
+        if columns_of <= found:
+            return name
     if columns.prompt in found and not targets:
         return "prompts"
     return None
@@ -97,19 +140,28 @@ def detect_format(keys: Sequence[str], columns: Columns, *, targets: bool) -> st
 
 def parser_for(name: str, parsing: Parsing) -> Parser:
     """The parser of a format (not glue, which is text-label with the task's columns, see load.py)."""
+    several: dict[str, Parser] = {
+        WEBNLG: lambda row, line: webnlg_examples(row, line, targets=parsing.targets, part=parsing.part),
+        "dart": lambda row, line: dart_examples(row, line, targets=parsing.targets),
+        "squad": lambda row, line: question_examples(row, line, targets=parsing.targets),
+    }
+    if name in several:
+        return several[name]
     parsers: dict[str, Callable[[Row, int, Parsing], ParsedRow]] = {
         "prompt-completion": _prompt_completion,
         "messages": _messages,
         "alpaca": _alpaca,
         "text-label": _text_label,
         "e2e": _e2e,
+        "wikisql": lambda row, line, parsing: wikisql_example(row, line, parsing.tables, targets=parsing.targets),
+        "samsum": _samsum,
         "prompts": _prompt,
     }
     parse = parsers[name]
     if name == "text-label":
         text, pair = _text_columns(parsing.keys, parsing.columns)
         parsing = replace(parsing, columns=replace(parsing.columns, text=text, pair=pair))
-    return lambda row, line: parse(row, line, parsing)
+    return lambda row, line: [parse(row, line, parsing)]
 
 
 def _text(row: Row, field: str, line: int, *, empty: bool = False) -> str:
@@ -176,6 +228,15 @@ def _e2e(row: Row, line: int, parsing: Parsing) -> PromptExample:
         return PromptExample(prompt, None, (), line)
     reference = _text(row, names[1], line).strip()
     return PromptExample(prompt, reference, (reference,), line)
+
+
+def _samsum(row: Row, line: int, parsing: Parsing) -> PromptExample:
+    """A dialogue and its summary; the files end some lines in \\r\\n and some in \\n."""
+    prompt = "\n".join(_text(row, "dialogue", line).split("\r\n")).strip() + SAMSUM_ASKS
+    if not parsing.targets and row.get("summary") in (None, ""):
+        return PromptExample(prompt, None, (), line)
+    summary = _text(row, "summary", line).strip()
+    return PromptExample(prompt, summary, (summary,), line)
 
 
 def _messages_key(keys: set[str], columns: Columns) -> str | None:

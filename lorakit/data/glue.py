@@ -42,7 +42,26 @@ _HEADERS = {
     ("id", "qid1", "qid2", "question1", "question2", "is_duplicate"): "qqp",
     ("index", "question", "sentence", "label"): "qnli",
     ("index", "sentence1", "sentence2", "label"): "rte",
+    (
+        "index",
+        "genre",
+        "filename",
+        "year",
+        "old_index",
+        "source1",
+        "source2",
+        "sentence1",
+        "sentence2",
+        "score",
+    ): "stsb",
 }
+_MNLI = {
+    "pairID",
+    "genre",
+    "sentence1",
+    "sentence2",
+    "gold_label",
+}  # its files differ in how many annotators' labels they have
 
 
 def glue_task(name: str) -> GlueTask | None:
@@ -53,6 +72,8 @@ def glue_task(name: str) -> GlueTask | None:
 def detect_glue(first: Sequence[str]) -> GlueTask | None:
     """The task whose file begins with the fields `first`, None if it is not one of GLUE's."""
     name = _HEADERS.get(tuple(first))
+    if name is None and set(first) >= _MNLI:
+        name = "mnli"
     if name is None and len(first) == 4 and first[1] in ("0", "1") and first[2] in ("", "*"):
         name = "cola"
     return None if name is None else GLUE_TASKS[name]

@@ -1,4 +1,4 @@
-"""Rows of a file with the line each one begins at, streamed: JSONL, JSON, CSV, TSV, Parquet and plain text.
+"""Rows of a file with the line each one begins at, streamed: JSONL, JSON, CSV, TSV, Parquet, plain text, WebNLG's XML.
 
 The standard library reads the text formats, since `datasets` does not say which line of a file a row stood in; Parquet
 has no lines, so its rows are numbered from 1.
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.faults import OnFault, raise_at_once, with_source
+from lorakit.data.triples import xml_rows
 from lorakit.errors import DataError
 
 Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".xml")
 _BLANKS = re.compile(r"[ \t\r\n]*")
 TEXT_LINE = "line"
 """The one key of a row of a .txt file: the line's text without its end."""
@@ -52,6 +53,8 @@ def read_rows(
                 yield from _tsv(path, header, on_fault)
             case ".parquet":
                 yield from _parquet(path)
+            case ".xml":
+                yield from xml_rows(path)
             case _:
                 yield from ((line, {TEXT_LINE: text}) for line, text in _filled_lines(path, on_fault))
     except DataError as error:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lorakit.data.batch import BatchOrder
 from lorakit.data.encode import IGNORE, Encoded
-from lorakit.data.examples import Dataset
+from lorakit.data.examples import Dataset, QuestionExample
 from lorakit.errors import UsageError
 
 
@@ -13,7 +13,8 @@ from lorakit.errors import UsageError
 class DataSummary:
     """Counts of a data set. Tokens are those of `input_ids` (of seq2seq also the targets' in `loss_tokens`).
 
-    loss_tokens: tokens that carry loss; rows for classification. longest: tokens of the longest row. padding_share:
+    rows: encoded rows; a question on a long context is several. loss_tokens: tokens that carry loss; rows for
+    classification and questions. longest: tokens of the longest row. padding_share:
     the part of all positions, 0 to 1, that is padding at `batch_size` in the order of the first epoch.
     """
 
@@ -30,7 +31,8 @@ class DataSummary:
 
 def describe(dataset: Dataset, encoded: Sequence[Encoded], *, batch_size: int = 8, seed: int = 0) -> DataSummary:
     """Counts `encoded`, the rows of `dataset`. Raises UsageError where there are none, or not as many as examples."""
-    if not encoded or len(encoded) != len(dataset):
+    windows = bool(dataset.examples) and isinstance(dataset.examples[0], QuestionExample)
+    if not encoded or (len(encoded) < len(dataset) if windows else len(encoded) != len(dataset)):
         raise UsageError(f"Expected the {len(dataset)} encoded rows of {dataset.source}, came {len(encoded)}")
     lengths = [len(row.input_ids) for row in encoded]
     order = BatchOrder(lengths, batch_size, seed)
@@ -40,7 +42,7 @@ def describe(dataset: Dataset, encoded: Sequence[Encoded], *, batch_size: int = 
         format=dataset.format,
         rows=len(encoded),
         tokens=sum(lengths),
-        loss_tokens=sum(_with_loss(row) for row in encoded),
+        loss_tokens=len(encoded) if windows else sum(_with_loss(row) for row in encoded),
         longest=max(lengths),
         batch_size=batch_size,
         padding_share=1 - sum(lengths) / positions if positions else 0.0,

@@ -8,7 +8,10 @@ from typing import Any
 
 from lorakit.errors import UsageError
 from lorakit.evaluate.labels import accuracy, f1, f1_macro, matthews
+from lorakit.evaluate.logical import logical_form
+from lorakit.evaluate.nlg import cider, meteor, nist, rouge_l_coco, ter
 from lorakit.evaluate.numbers import pearson, spearman
+from lorakit.evaluate.squad import squad_exact, squad_f1
 from lorakit.evaluate.text import bleu, exact_match, rouge
 
 
@@ -31,6 +34,14 @@ METRICS: dict[str, Metric] = {
     "rouge2": Metric(partial(_one_rouge, "rouge2"), "text"),
     "rougeL": Metric(partial(_one_rouge, "rougeL"), "text"),
     "exact_match": Metric(exact_match, "text"),
+    "nist": Metric(nist, "text"),
+    "meteor": Metric(meteor, "text"),
+    "rougeL_coco": Metric(rouge_l_coco, "text"),
+    "cider": Metric(cider, "text"),
+    "ter": Metric(ter, "text", higher_is_better=False),
+    "logical_form": Metric(logical_form, "text"),
+    "squad_exact": Metric(squad_exact, "text"),
+    "squad_f1": Metric(squad_f1, "text"),
     "accuracy": Metric(accuracy, "label"),
     "f1": Metric(f1, "label"),
     "f1_macro": Metric(f1_macro, "label"),
@@ -47,6 +58,15 @@ _GLUE = {
     "stsb": ("pearson", "spearman"),
 }
 _TEXT = ("bleu", "rouge1", "rouge2", "rougeL", "exact_match")
+_OF_FORMAT = {
+    "messages": ("rougeL", "rouge1", "rouge2", "bleu", "exact_match"),
+    "e2e": ("bleu", "nist", "ter", "rougeL"),
+    "webnlg": ("bleu", "ter"),
+    "dart": ("bleu", "ter"),
+    "wikisql": ("logical_form", "exact_match"),
+    "samsum": ("rouge1", "rouge2", "rougeL"),
+}
+"""Of these tasks' own metrics those that need nothing to be fetched or installed first (docs/metrics.md)."""
 
 
 def check_metrics(names: Sequence[str], kind: str | None = None) -> None:
@@ -82,4 +102,6 @@ def default_metrics(
         if regression:
             return ("pearson", "spearman")
         return ("accuracy", "f1" if num_labels == 2 else "f1_macro")
-    return ("rougeL", "rouge1", "rouge2", "bleu", "exact_match") if dataset_format == "messages" else _TEXT
+    if task == "question-answering":
+        return ("squad_f1", "squad_exact")
+    return _OF_FORMAT.get(dataset_format.partition(":")[0], _TEXT)

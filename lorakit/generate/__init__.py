@@ -5,11 +5,14 @@ from lorakit.generate.config import GenerateConfig
 from lorakit.generate.decode import generate
 from lorakit.generate.likelihood import mean_nll, perplexity
 from lorakit.generate.prompts import Prompt
+from lorakit.generate.spans import SpanAnswer, answer_questions
 
 __all__ = [
     "GenerateConfig",
     "Prediction",
     "Prompt",
+    "SpanAnswer",
+    "answer_questions",
     "classify",
     "classify_images",
     "generate",

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from lorakit.data import IGNORE, BatchOrder, Encoded, collate
 from lorakit.errors import DataError
 from lorakit.generate.modes import device_of, evaluating
+from lorakit.methods.prompt import answering
 
 
 def mean_nll(
@@ -60,7 +61,9 @@ def _batch_nll(model: Any, rows: Sequence[Encoded], task: str) -> tuple[float, i
         logits: Tensor = model(**batch).logits  # B, T, V
     else:
         del batch["labels"]
-        logits, labels = model(**batch, use_cache=False).logits[:, :-1], labels[:, 1:]
+        with answering(model, labels, batch["attention_mask"]):
+            logits = model(**batch, use_cache=False).logits[:, :-1]
+        labels = labels[:, 1:]
     counted = labels != IGNORE
     # Chosen before the cast: fp32 copies of the prompts' logits would be most of the memory.
     nll = F.cross_entropy(logits[counted].float(), labels[counted], reduction="sum")

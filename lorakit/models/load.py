@@ -15,6 +15,7 @@ TASKS = {
     "causal-lm": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
+    "question-answering": "AutoModelForQuestionAnswering",
     "image-classification": "AutoModelForImageClassification",
     "feature-extraction": "AutoModel",
 }
@@ -23,6 +24,8 @@ CLASSIFIERS = {
     "image-classification": "ForImageClassification",
 }
 """The tasks whose model has a head for labels, and how transformers ends the names of such models."""
+NEW_HEADS = {*CLASSIFIERS, "feature-extraction", "question-answering"}
+"""The tasks whose head a checkpoint may lack: it is then new, and to be trained."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -79,6 +82,8 @@ def load(
         tokenizer = _read_image_processor(name, source) if images else _read_tokenizer(name, source)
         if task in CLASSIFIERS:
             _set_labels(name, config, labels, task)
+        if task == "question-answering":
+            config.num_labels = 2  # an answer's first and last token; the config may be a classifier's
         model, initialised = _read_model(name, source, task, config, kind)
     if not images:
         _agree(name, model, tokenizer, needs_padding=task != "feature-extraction")
@@ -194,7 +199,7 @@ def _read_model(name: str, source: Source, task: str, config: Any, dtype: torch.
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, KeyError, SafetensorError, ...
         raise _unreadable(name, f"the weights for {task}", error) from error
     new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if lost := [key for key in new if not (head or task == "feature-extraction") or not _is_head(model, key)]:
+    if lost := [key for key in new if task not in NEW_HEADS or not _is_head(model, key)]:
         raise ModelError(
             f"{name} does not hold the weights that {task} needs: {len(lost)} are missing or of another shape "
             f"({', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}). Load it for the task that it was made for."

@@ -85,6 +85,13 @@ def _mnli(i: int) -> Sequence[Any]:
     return [i, i, i, "fiction", "(b)", "(b)", "(p)", "(p)", f"{kind[:3]} the sun", "a cat", kind, kind]
 
 
+def _mnli_folder(root: Path) -> dict[str, str]:
+    _glue(MNLI, _mnli, root)
+    (root / "dev.tsv").rename(root / "dev_matched.tsv")
+    _table(root / "dev_mismatched.tsv", MNLI, [_mnli(number) for number in range(3)])
+    return {"train": str(root), "eval": str(root)}
+
+
 MNLI = ["index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse"]
 MNLI += ["sentence1_parse", "sentence2_parse", "sentence1", "sentence2", "label1", "gold_label"]
 
@@ -124,9 +131,67 @@ def _images(root: Path) -> dict[str, str]:
     return {"train": str(root / "images"), "eval": str(root / "images")}
 
 
+def _webnlg(root: Path) -> dict[str, str]:
+    def entry(a: str, b: str, number: int) -> str:
+        texts = f"<lex comment='good'>{a} is {b} .</lex><lex comment='good'>{b} is of {a} .</lex>"
+        triple = f"<modifiedtripleset><mtriple>{a} | is | {b}</mtriple></modifiedtripleset>"
+        return f"<entry category='{'Food' if number % 2 else 'Artist'}' eid='Id{number}'>{triple}{texts}</entry>"
+
+    for name, count in (("train", 10), ("dev", 4), ("test", 3)):
+        folder = root / "webnlg" / name / "1triples"
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = "".join(entry(a, b, number) for number, (a, b) in enumerate(_pairs(count)))
+        (folder / "all.xml").write_text(f"<benchmark><entries>{entries}</entries></benchmark>")
+    return {role: str(root / "webnlg") for role in ("train", "eval", "test")}
+
+
+def _dart(root: Path) -> dict[str, str]:
+    def entries(count: int) -> str:
+        return json.dumps(
+            [{"tripleset": [[a, "IS", b]], "annotations": [{"text": f"{a} is {b} ."}]} for a, b in _pairs(count)]
+        )
+
+    for name, count in (("train", 16), ("dev", 4), ("test", 3)):
+        (root / f"{name}.json").write_text(entries(count))
+    return {"train": str(root / "train.json"), "eval": str(root / "dev.json"), "test": str(root / "test.json")}
+
+
+def _wikisql(root: Path) -> dict[str, str]:
+    for name, count in (("train", 16), ("dev", 4)):
+        runs.write_rows(root / f"{name}.tables.jsonl", [{"id": "1-1", "header": ["Name", "Team"], "rows": []}])
+        queries = [{"sel": 0, "agg": 3, "conds": [[1, 0, word]]} for word, _ in _pairs(count)]
+        rows = [{"table_id": "1-1", "question": f"who {query['conds'][0][2]}?", "sql": query} for query in queries]
+        runs.write_rows(root / f"{name}.jsonl", rows)
+    return {"train": str(root / "train.jsonl"), "eval": str(root / "dev.jsonl")}
+
+
+def _samsum(root: Path) -> dict[str, str]:
+    for name, count in (("train", 16), ("val", 4), ("test", 3)):
+        rows = [{"id": a, "summary": f"{a} is {b}.", "dialogue": f"A: {a}\r\nB: {b}"} for a, b in _pairs(count)]
+        (root / f"{name}.json").write_text(json.dumps(rows))
+    return {"train": str(root / "train.json"), "eval": str(root / "val.json"), "test": str(root / "test.json")}
+
+
+def _squad(root: Path) -> dict[str, str]:
+    def paragraph(a: str, b: str) -> dict[str, Any]:
+        context = f"the {a} is {b}. " + "more of it " * 60
+        answers = [{"text": b, "answer_start": context.index(f"is {b}") + 3}]
+        return {"context": context, "qas": [{"id": f"{a}-{b}", "question": f"the {a}?", "answers": answers}]}
+
+    for name, count in (("train", 16), ("dev", 4)):
+        articles = [{"title": "t", "paragraphs": [paragraph(a, b) for a, b in _pairs(count)]}]
+        (root / f"{name}.json").write_text(json.dumps({"version": "1.1", "data": articles}))
+    return {"train": str(root / "train.json"), "eval": str(root / "dev.json")}
+
+
+def _bare_roberta(**changes: Any) -> Any:
+    """A RoBERTa without a head, as base models come."""
+    return tiny.roberta(**changes).roberta
+
+
 _LONG = {"max_position_embeddings": 512}
 CASES = {
-    "roberta-mnli": Case(partial(tiny.roberta, **_LONG), partial(_glue, MNLI, _mnli), "accuracy"),
+    "roberta-mnli": Case(partial(tiny.roberta, **_LONG), _mnli_folder, "accuracy"),
     "roberta-mrpc": Case(
         partial(tiny.roberta, **_LONG),
         partial(
@@ -154,7 +219,11 @@ CASES = {
         "accuracy",
     ),
     "gpt2-e2e": Case(partial(tiny.gpt2, n_positions=512), _e2e, "bleu"),
-    "gpt3-wikisql": Case(tiny.opt, _prompts, "exact_match"),
+    "gpt2-webnlg": Case(partial(tiny.gpt2, n_positions=512), _webnlg, "bleu"),
+    "gpt2-dart": Case(partial(tiny.gpt2, n_positions=512), _dart, "ter"),
+    "gpt3-wikisql": Case(partial(tiny.opt, max_position_embeddings=512), _wikisql, "logical_form"),
+    "gpt3-samsum": Case(partial(tiny.opt, max_position_embeddings=512), _samsum, "rouge2"),
+    "roberta-squad": Case(partial(_bare_roberta, **_LONG), _squad, "squad_f1"),
     "llama-alpaca": Case(partial(tiny.llama, max_position_embeddings=512), _alpaca),
     "t5-summaries": Case(tiny.t5, _prompts, "rougeL"),
     "vit-images": Case(tiny.vit, _images, "accuracy"),

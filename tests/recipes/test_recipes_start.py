@@ -47,6 +47,30 @@ def test_the_low_rank_part_is_carried_over_and_the_head_is_not(mnli, tmp_path):
         assert (".lora_" not in key) == torch.allclose(tensor, after[key], atol=1e-20), key  # the same head is drawn
 
 
+def test_scores_start_from_three_classes_too(mnli, tmp_path):
+    header = [
+        "index",
+        "genre",
+        "filename",
+        "year",
+        "old_index",
+        "source1",
+        "source2",
+        "sentence1",
+        "sentence2",
+        "score",
+    ]
+    rows = [[n, "g", "f", 1, 1, "a", "b", "a cat", "the sun", f"{n % 5}.{n % 3}"] for n in range(12)]
+    place = tmp_path / "stsb.tsv"
+    place.write_text("".join("\t".join(map(str, row)) + "\n" for row in [header, *rows]))
+    places = [f"data.train={place}", f"data.eval={place}", "data.format=glue:stsb", "train.best_metric=pearson"]
+    run = mrpc(tmp_path, f"start_from={mnli}", "train.lr=1e-30", *places)
+    before, after = tensors(mnli), tensors(run.folder)
+    assert all(torch.equal(before[key], after[key]) for key in before if ".lora_" in key)
+    assert {tensor.shape[0] for key, tensor in after.items() if key.endswith("out_proj.weight")} == {1}
+    assert {"pearson", "spearman"} <= set(run.summary["after"])
+
+
 def test_a_run_that_goes_on_does_not_begin_again(mnli, tmp_path):
     steady = (f"start_from={mnli}", "train.schedule=constant", "train.warmup=1")
     whole = tensors(mrpc(tmp_path, *steady, "train.max_steps=2").folder)
