@@ -72,6 +72,7 @@ class _Learner(Side):
     """A side with an optimizer, through whose hook the gradients are seen."""
 
     optimizer: torch.optim.Optimizer
+    parameters: Sequence[nn.Parameter]
     every_tensor = True
     """Whether each trained tensor must have a gradient (some of a whole model have none by rights: a key's bias)."""
 
@@ -79,8 +80,7 @@ class _Learner(Side):
         seen: list[list[float]] = []
 
         def look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            held = [p for group in optimizer.param_groups for p in group["params"]]
-            seen.append([0.0 if p.grad is None else float(p.grad.norm()) for p in held])
+            seen.append([0.0 if p.grad is None else float(p.grad.norm()) for p in self.parameters])
 
         handle = self.optimizer.register_step_pre_hook(look)
         try:
@@ -98,8 +98,9 @@ class Lorakit(_Learner):
         self.run = adapted(work, work.material.model(), name)
         self.trainer = self.run.trainer()
         self.optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+        self.parameters = self.trainer.parameters
         self.trainer.model.train()
-        self.trainable = sum(one.numel() for one in self.trainer.parameters)
+        self.trainable = sum(one.numel() for one in self.parameters)
         self._epoch = 0
 
     def round(self, numbers: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ from lorakit.errors import UsageError
 from lorakit.run.dry import DryRun, dry_run
 from lorakit.run.result import RunResult
 from lorakit.run.train import train
+from lorakit.train.world import join
 
 
 def run(
@@ -37,6 +38,8 @@ def run(
         return
     with Terminal() as terminal:
         result = train(recipe, overrides=set_ or (), resume=resume, overwrite=overwrite, listener=terminal)
+    if not join().first:  # one process of several speaks
+        return
     if as_json:
         print_json({"folder": str(result.folder), "interrupted": result.interrupted, **result.summary})
     if result.interrupted:

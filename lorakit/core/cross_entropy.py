@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.core import kernels
 from lorakit.core.delta import wide
 
 CHUNK = 256  # rows; fewer make the products slow, more need memory for nothing
@@ -20,7 +21,12 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labe
     """The summed cross-entropy of `hidden W^T + bias`. hidden: (rows, dim); weight: (classes, dim), frozen; labels: (rows,).
 
     smoothing: the share of the target's probability that is spread over all classes. A second derivative is refused.
+    Under autocast the products are in its type, as those of a linear layer are, and the loss in float32 as ever.
     """
+    if kernels.autocasting(hidden):
+        dtype, device = torch.get_autocast_dtype(hidden.device.type), hidden.device.type
+        with torch.autocast(device, enabled=False):
+            return HeadCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), bias, labels, smoothing)  # type: ignore[no-any-return,no-untyped-call]
     return HeadCrossEntropy.apply(hidden, weight, bias, labels, smoothing)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -40,9 +46,9 @@ class HeadCrossEntropy(torch.autograd.Function):
             rows = hidden[start : start + CHUNK]
             wanted = labels[start : start + CHUNK, None]
             logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
-            if bias is not None:
-                logits += bias
             values = logits.to(total.dtype)  # the buffer itself, but for half precision
+            if bias is not None:
+                values += bias
             values -= values.amax(-1, keepdim=True)
             hit = values.gather(1, wanted)
             spread = values.mean(-1).sum() if smoothing else 0.0

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.attach.alone import taken
 from lorakit.data import (
     BatchOrder,
     Dataset,
@@ -17,32 +18,42 @@ from lorakit.data import (
     describe,
     encode_all,
 )
-from lorakit.data.batch import TokenOrder
+from lorakit.data.batch import TokenOrder, split_batch
 from lorakit.data.pack import PACK_LENGTH, collate_packed, pack_rows
 from lorakit.errors import RecipeError, UsageError
 from lorakit.models import Loaded
 from lorakit.models.limits import longest_row
 from lorakit.run.recipe import IMAGE_CLASSIFICATION, Recipe
-from lorakit.train.loss import Objective
+from lorakit.train.loss import Batch, Objective
 from lorakit.train.packed import packed_objective, packing_for
+from lorakit.train.world import World
 
 
 class OrderedBatches(ABC):
-    """The batches of a data set; the same for the same seed and epoch. A subclass makes a batch from row numbers."""
+    """The batches of a data set; the same for the same seed and epoch. A subclass makes a batch from row numbers.
+
+    world: of several processes that train together each makes its share of every batch, {} where it has no row of it.
+    """
 
     def __init__(self, order: BatchOrder | TokenOrder) -> None:
-        self.order = order
+        self.order, self.world = order, World()
 
     def __len__(self) -> int:
         return len(self.order)
 
     def make(self, epoch: int, start: int) -> Iterator[dict[str, Tensor]]:
         """The batches of an epoch from number `start` on."""
-        return (self._batch(rows) for rows in self.order.epoch(epoch)[start:])
+        return (
+            self._trained(own) if (own := self.world.share(rows)) else {} for rows in self.order.epoch(epoch)[start:]
+        )
 
     def evaluation(self) -> Iterator[dict[str, Tensor]]:
         """All rows once, for measuring."""
         return (self._batch(rows) for rows in self.order.evaluation())
+
+    def _trained(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """A batch as it is trained on."""
+        return self._batch(numbers)
 
     @abstractmethod
     def _batch(self, numbers: Sequence[int]) -> dict[str, Tensor]: ...
@@ -53,6 +64,8 @@ class EncodedBatches(OrderedBatches):
 
     batch_tokens: in place of batch_size, the most tokens of a batch. pack_length: of a packed row in the batches of an
     epoch, where packing saves padding; None = every example has a row to itself, as it always has for measuring.
+    pass_tokens: the most positions of a batch for measuring, which holds rows of like length, as many as no batch in
+    training could outgrow; None = that alone bounds it.
     """
 
     def __init__(
@@ -66,14 +79,18 @@ class EncodedBatches(OrderedBatches):
         group_by_length: bool = True,
         batch_tokens: int | None = None,
         pack_length: int | None = None,
+        pass_tokens: int | None = None,
     ) -> None:
         lengths = [_length(row, task) for row in rows]
         order = BatchOrder(lengths, batch_size, seed, group_by_length)
         super().__init__(order if batch_tokens is None else TokenOrder(lengths, batch_tokens, seed))
         self.rows, self.task, self.pad_id, self.pack_length = rows, task, pad_id, pack_length
+        largest = batch_tokens or batch_size * max(lengths, default=1)
+        self.measured = TokenOrder(lengths, min(largest, pass_tokens or largest), seed)
 
-    def make(self, epoch: int, start: int) -> Iterator[dict[str, Tensor]]:
-        return (self._packed(rows) for rows in self.order.epoch(epoch)[start:])
+    def evaluation(self) -> Iterator[dict[str, Tensor]]:
+        """See OrderedBatches.evaluation."""
+        return (self._batch(rows) for rows in self.measured.evaluation())
 
     def padding(self, batches: int = 200) -> float:
         """Positions a real token, 1 where there is no padding, in the first batches of training as they will be made."""
@@ -88,7 +105,7 @@ class EncodedBatches(OrderedBatches):
         """Which of a batch's examples share a row."""
         return [[n] for n in range(len(lengths))] if self.pack_length is None else pack_rows(lengths, self.pack_length)
 
-    def _packed(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+    def _trained(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         items = [self.rows[number] for number in numbers]
         rows = self._layout([len(item.input_ids) for item in items])
         if len(rows) == len(items):  # nothing to save
@@ -139,10 +156,14 @@ def encode_rows(
 
 
 def longest(recipe: Recipe, loaded: Loaded) -> int | None:
-    """The most tokens of a row: what the recipe says, else what the model takes; None for images."""
+    """The most tokens of a row: what the recipe says, else what the model takes; None for images.
+
+    Where a prefix or prompt takes positions, never more than are left: too long a row is told before training.
+    """
     if recipe.task == IMAGE_CLASSIFICATION:
         return None
-    return recipe.data.max_length or longest_row(loaded.model, loaded.tokenizer)
+    said, limit = recipe.data.max_length, longest_row(loaded.model, loaded.tokenizer)
+    return min(said, limit) if said and limit is not None and taken(loaded.model) else said or limit
 
 
 def batches_of(recipe: Recipe, loaded: Loaded, rows: Sequence[Any]) -> OrderedBatches:
@@ -158,7 +179,16 @@ def batches_of(recipe: Recipe, loaded: Loaded, rows: Sequence[Any]) -> OrderedBa
         seed=seed,
         group_by_length=recipe.train.group_by_length,
         batch_tokens=recipe.train.batch_tokens,
+        pass_tokens=recipe.train.pass_tokens,
     )
+
+
+def parts_of(recipe: Recipe, *, own_loss: bool) -> Callable[[Batch], Sequence[Batch]]:
+    """How a batch is cut into forward passes: by train.pass_tokens; a loss of one's own is given all of its rows at once."""
+    most = recipe.train.pass_tokens
+    if own_loss or most is None:
+        return lambda batch: (batch,)
+    return lambda batch: split_batch(batch, most, recipe.task)
 
 
 def packed(
@@ -186,7 +216,9 @@ def packed(
         note(f"rows are not packed: {error}")
         return objective
     padded, batches.pack_length = batches.padding(), _pack_length(train.pack_length, loaded)
-    note(f"rows are packed: {padded:.2f} -> {batches.padding():.2f} positions a token")
+    gained = batches.padding()
+    if f"{gained:.2f}" != f"{padded:.2f}":
+        note(f"rows are packed: {padded:.2f} -> {gained:.2f} positions a token")
     return packed_objective(objective, packing)
 
 
@@ -205,4 +237,5 @@ def told(recipe: Recipe, dataset: Dataset, rows: Sequence[Any]) -> str:
     if recipe.task == IMAGE_CLASSIFICATION:
         return f"{len(rows):,} images of {len(dataset.label_names or []):,} classes"
     facts = describe(dataset, rows, batch_size=recipe.train.batch_size, seed=recipe.train.seed)
-    return f"{facts.rows:,} rows, {facts.tokens:,} tokens, {facts.loss_tokens:,} of them targets"
+    broken = f" ({dataset.skipped:,} broken rows left out)" if dataset.skipped else ""
+    return f"{facts.rows:,} rows, {facts.tokens:,} tokens, {facts.loss_tokens:,} of them targets{broken}"

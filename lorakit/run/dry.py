@@ -1,7 +1,7 @@
 """`lorakit train --dry-run`: what a run would take, from its first steps; nothing is written."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from lorakit.attach.api import count_parameters, detach
 from lorakit.data import Encoded
 from lorakit.data.pack import counts
+from lorakit.errors import UsageError
 from lorakit.run.check import check_recipe
 from lorakit.run.device import model_bytes, peak_memory
 from lorakit.run.diffusion.config import TEXT_TO_IMAGE
@@ -23,6 +24,7 @@ from lorakit.run.subject import NAME
 from lorakit.run.train import Run, kind_of
 from lorakit.train.loop import Hooks, Trainer
 from lorakit.train.loss import Batch
+from lorakit.train.optimizer import state_of
 
 STEPS = 3
 """Optimizer steps that are taken; the first warms up and is not measured."""
@@ -102,6 +104,8 @@ def dry_run(
         check_text_to_image(resolved)
         require_diffusers()
     run = kind_of(resolved.task)(resolved, None, listener or Listener())
+    if run.world.size > 1:
+        raise UsageError("a dry run tells what one process takes: start it in one.")
     run.read_data()
     run.load_model()
     run.encode()
@@ -114,7 +118,7 @@ def dry_run(
     try:
         return _measured(run, trainer, epoch, heard)
     finally:
-        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.flat.release()
         detach(run.model, NAME)
         run.model.eval()
 
@@ -125,7 +129,8 @@ def _measured(run: Run, trainer: Trainer, epoch: Epoch, heard: Sequence[Mapping[
     made = list(islice(trainer.batches.make(0, 0), wanted * size))
     groups = [made[begin : begin + size] for begin in range(0, len(made), size)]
     trainer.model.train()
-    activations = _activations(trainer, max(made, key=_positions), epoch.largest)
+    passes = [part for batch in made for part in trainer.parts(batch)]
+    activations = _activations(trainer, max(passes, key=_positions), epoch.largest)
     times = []
     for done, group in enumerate(groups):
         times.append(_timed(trainer, group))
@@ -143,7 +148,7 @@ def _measured(run: Run, trainer: Trainer, epoch: Epoch, heard: Sequence[Mapping[
         epoch=epoch,
         steps=steps,
         step_seconds=[seconds for _, seconds in measured],
-        seconds=_whole(measured, epoch, steps, size),
+        seconds=_whole(measured, epoch, steps, size, lambda batch: sum(map(_positions, trainer.parts(batch)))),
         loss=heard[-1]["loss"] if heard else None,
     )
 
@@ -161,12 +166,18 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _whole(measured: Sequence[tuple[Sequence[Batch], float]], epoch: Epoch, steps: int, size: int) -> float:
+def _whole(
+    measured: Sequence[tuple[Sequence[Batch], float]],
+    epoch: Epoch,
+    steps: int,
+    size: int,
+    passed: Callable[[Batch], int],
+) -> float:
     """Seconds of all steps: by positions, where batches have any (the first ones may be longer than most), else by steps."""
     seconds = sum(one for _, one in measured)
     if epoch.positions is None:
         return seconds / len(measured) * steps
-    tried = sum(_positions(batch) for group, _ in measured for batch in group)
+    tried = sum(passed(batch) for group, _ in measured for batch in group)
     return seconds / max(1, tried) * epoch.positions / epoch.batches * min(size, epoch.batches) * steps
 
 
@@ -181,9 +192,10 @@ def _epoch(run: Run, trainer: Trainer) -> Epoch:
         own_examples, own_tokens = counts(batch)
         examples, tokens = examples + own_examples, tokens + own_tokens
         targets += trainer.objective.targets(batch)
-        positions, largest = positions + _positions(batch), max(largest, _positions(batch))
+        passes = [_positions(part) for part in trainer.parts(batch)]
+        positions, largest = positions + sum(passes), max(largest, *passes)
         run.listener.progress(done + 1, total)
-    share = None if run.classifies else targets / max(1, tokens)
+    share = None if run.trains_head else targets / max(1, tokens)
     return Epoch(examples, total, targets, tokens, positions, 1 - tokens / max(1, positions), share, largest)
 
 
@@ -195,7 +207,7 @@ def _positions(batch: Batch) -> int:
 
 def _memory(run: Run, trainer: Trainer, activations: int) -> Memory:
     parameters = trainer.parameters
-    state = [value for one in trainer.optimizer.state.values() for value in one.values() if isinstance(value, Tensor)]
+    state = list(state_of(trainer.optimizer, trainer.flat).values())
     return Memory(
         base=model_bytes(run.model),
         adapter=_bytes(parameters),

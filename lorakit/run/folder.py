@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import FileError, OutputError
+from lorakit.run.track import FOLDER as TRACKED
 from lorakit.store.files import write_json, write_text
 from lorakit.store.foreign.source import DIFFUSERS as FILES
 from lorakit.train.state import FILE as STATE
 
 DIFFUSERS = FILES[0]
-MARKS = ("recipe.yaml", "adapter", DIFFUSERS, "metrics.jsonl", "checkpoints", "summary.json", "report.html")
+MARKS = ("recipe.yaml", "adapter", DIFFUSERS, "metrics.jsonl", "checkpoints", "summary.json", "report.html", TRACKED)
 
 
 class RunFolder:

@@ -11,10 +11,11 @@ from lorakit.evaluate import (
     default_metrics,
     evaluate_classification,
     evaluate_generation,
+    evaluate_questions,
     write_predictions,
 )
 from lorakit.generate import GenerateConfig, generate
-from lorakit.run.recipe import CLASSIFIERS, Recipe, load_recipe
+from lorakit.run.recipe import CLASSIFIERS, QUESTION_ANSWERING, Recipe, load_recipe
 from lorakit.run.subject import Subject
 
 Progress = Callable[[int, int], None]
@@ -64,6 +65,9 @@ def evaluate_subject(
             truncate=data.truncate,
             progress=progress,
         )
+    if subject.task == QUESTION_ANSWERING:
+        lengths = {"max_length": data.max_length, "stride": data.stride}
+        return evaluate_questions(subject.model, subject.tokenizer, dataset, metrics, progress=progress, **lengths)
     examples: Any = dataset.examples
     return evaluate_generation(
         subject.model,
@@ -87,6 +91,10 @@ def answer(
     """[{"prompt", "answer"}] for prompts given as a list, or as a file of them."""
     if subject.task in CLASSIFIERS:
         raise UsageError("a classification model writes no text: use lorakit evaluate.")
+    if subject.task == QUESTION_ANSWERING:
+        raise UsageError(
+            "a question-answering model marks stretches of contexts and writes no text: use lorakit evaluate."
+        )
     if isinstance(prompts, str | Path):
         examples: Any = load_examples(str(prompts), format=format, split="test", targets=False, limit=limit).examples
         texts = [prompt_text(example, subject.tokenizer) for example in examples]

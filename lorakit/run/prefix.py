@@ -20,12 +20,20 @@ from lorakit.train.loss import Objective
 from lorakit.train.prefix import find_prefix, lowest_block_trained
 from lorakit.train.prefix_cache import ROWS, PrefixCache, cached_objective, check_exact
 from lorakit.train.prefix_store import GIB, StateStore
+from lorakit.train.world import World
 
 TASKS = ("causal-lm", CLASSIFICATION)
 
 
 def prefixed(
-    recipe: Recipe, model: Any, batches: Any, objective: Objective, *, own_loss: bool, note: Callable[[str], None]
+    recipe: Recipe,
+    model: Any,
+    batches: Any,
+    objective: Objective,
+    *,
+    own_loss: bool,
+    note: Callable[[str], None],
+    world: World | None = None,
 ) -> tuple[Batches, Objective]:
     """Batches and objective that run the blocks below the first adapted one once for each row, where that is exact.
 
@@ -37,6 +45,8 @@ def prefixed(
     if settings.prefix_cache is False or (not forced and (passes <= len(batches) or lowest_block_trained(model))):
         return batches, objective
     try:
+        if world is not None and world.size > 1:
+            raise UsageError("several processes train together, and states are kept in one process only.")
         if own_loss or not isinstance(batches, EncodedBatches) or batches.task not in TASKS:
             raise UsageError(
                 f"it is for the losses of {' and '.join(TASKS)}; a loss of one's own may run the model as it likes."

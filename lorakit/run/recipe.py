@@ -9,15 +9,16 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorakit.attach.method import Method
+from lorakit.attach.method import Method, Several
 from lorakit.data import DataConfig
 from lorakit.errors import RecipeError
 from lorakit.generate import GenerateConfig
 from lorakit.methods.lora import LoRA
+from lorakit.methods.table import METHODS
 from lorakit.models.quantize import QUANTIZATIONS
 from lorakit.run.diffusion.config import ATTENTION, TEXT_TO_IMAGE, DiffusionConfig
 from lorakit.run.document import read_yaml
@@ -26,8 +27,8 @@ from lorakit.train.config import TrainConfig
 CLASSIFICATION = "sequence-classification"
 IMAGE_CLASSIFICATION = "image-classification"
 CLASSIFIERS = (CLASSIFICATION, IMAGE_CLASSIFICATION)
-TASKS = ("causal-lm", "seq2seq", *CLASSIFIERS, TEXT_TO_IMAGE)
-METHODS: dict[str, type[Method]] = {"lora": LoRA}
+QUESTION_ANSWERING = "question-answering"
+TASKS = ("causal-lm", "seq2seq", *CLASSIFIERS, QUESTION_ANSWERING, TEXT_TO_IMAGE)
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ class Recipe:
     output: str = "runs/latest"
     """The run's folder."""
     task: str = "causal-lm"
-    """causal-lm, seq2seq, sequence-classification, image-classification or text-to-image."""
+    """causal-lm, seq2seq, sequence-classification, image-classification, question-answering or text-to-image."""
     method: Method = field(default_factory=LoRA)
-    """`name: lora` and its fields."""
+    """`name: lora` (or another of lorakit.methods.table) and its fields; a list of such adapts together, as one adapter."""
     start_from: str | None = None
     """A run's folder, an adapter's or a hub id whose low-rank part (not its head) this run's begins with; None = afresh."""
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -103,7 +104,19 @@ def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe", overrides: Se
         raise RecipeError(
             f"{name} has {len(faults)} fault{'s' * (len(faults) > 1)}:\n" + "\n".join(f"  - {f}" for f in faults)
         )
-    return typing.cast(Recipe, recipe)
+    return _with_rate(typing.cast(Recipe, recipe), document)
+
+
+def _with_rate(recipe: Recipe, document: Mapping[str, Any]) -> Recipe:
+    """The recipe with the method's own learning rate where it names none; of several methods the lowest."""
+    if "lr" in document.get("train", {}):
+        return recipe
+    rate = min(one.learning_rate for one in _parts(recipe.method))
+    return replace(recipe, train=replace(recipe.train, lr=rate))
+
+
+def _parts(method: Method) -> tuple[Method, ...]:
+    return method.methods if isinstance(method, Several) else (method,)
 
 
 def _aim_at_attention(document: dict[str, Any]) -> None:
@@ -179,12 +192,26 @@ def _build(cls: type, values: Any, where: str, faults: list[str]) -> Any:
 def _method(value: Any, where: str, faults: list[str]) -> Any:
     if isinstance(value, Method):
         return value
-    if not isinstance(value, Mapping) or value.get("name", "lora") not in METHODS:
-        came = value.get("name") if isinstance(value, Mapping) else value
-        faults.append(f"{where}: expected keys with `name: {' | '.join(METHODS)}`, got {came!r}")
+    if isinstance(value, list):
+        return _several([_method(one, f"{where}[{i}]", faults) for i, one in enumerate(value)], where, faults)
+    name = value.get("name", LoRA.name) if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping) or not isinstance(name, str) or name not in METHODS:
+        near = difflib.get_close_matches(str(name), METHODS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        faults.append(f"{where}: expected keys with `name: {' | '.join(METHODS)}`, got {name!r}{hint}")
         return None
     rest = {key: one for key, one in value.items() if key != "name"}
-    return _build(METHODS[value.get("name", "lora")], rest, where, faults)
+    return _build(METHODS[name], rest, where, faults)
+
+
+def _several(methods: list[Any], where: str, faults: list[str]) -> Any:
+    if None in methods:
+        return None  # its fault is noted
+    try:
+        return methods[0] if len(methods) == 1 else Several(tuple(methods))
+    except ValueError as error:
+        faults.append(f"{where}: {error}")
+        return None
 
 
 def _value(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
@@ -210,7 +237,9 @@ def _words(kind: Any) -> str:
 def to_mapping(recipe: Recipe) -> dict[str, Any]:
     """The recipe with every default spelt out, as plain YAML values."""
     document = asdict(recipe)
-    document["method"] = {"name": recipe.method.name, **document["method"]}
+    method = recipe.method
+    parts = [{"name": one.name, **asdict(one)} for one in _parts(method)]  # type: ignore[call-overload]
+    document["method"] = parts if isinstance(method, Several) else parts[0]
     return typing.cast(dict[str, Any], _plain(document))
 
 

@@ -17,7 +17,12 @@ from lorakit.store.peft_config import CONFIG
 from lorakit.store.read import EXTRA, TENSORS, locate
 
 NAME = "default"  # the adapter's name in a run
-PEFT_TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification", "SEQ_2_SEQ_LM": "seq2seq"}
+PEFT_TASKS = {
+    "CAUSAL_LM": "causal-lm",
+    "SEQ_CLS": "sequence-classification",
+    "SEQ_2_SEQ_LM": "seq2seq",
+    "QUESTION_ANS": "question-answering",
+}
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,16 @@ class Subject:
 def adapter_folder(source: str | Path) -> Path:
     """The adapter's folder of `source`: a run's folder, an adapter's own, or a hub id."""
     path = Path(source).expanduser()
-    if (path / "adapter" / CONFIG).is_file():
+    if _is_adapter(path / "adapter"):
         return path / "adapter"
-    if (path / "recipe.yaml").is_file() and not (path / CONFIG).is_file():
+    if (path / "recipe.yaml").is_file() and not _is_adapter(path):
         raise UsageError(f"the run in {path} has no adapter yet. Let it finish (lorakit train ... --resume).")
     return locate(source)
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder has the file that says what the adapter is: PEFT's, or lorakit's own."""
+    return (folder / CONFIG).is_file() or (folder / EXTRA).is_file()
 
 
 def open_subject(
@@ -120,13 +130,15 @@ def _outputs(folder: Path) -> int | None:
     except (OSError, SafetensorError):  # loading the adapter then says what is wrong with it
         return None
     heads = [
-        shape[0] for key, shape in shapes.items() if len(shape) == 2 and any(f".{name}." in key for name in HEAD_NAMES)
+        shape[0]
+        for key, shape in shapes.items()
+        if len(shape) == 2 and any(f".{name}." in f".{key}" for name in HEAD_NAMES)
     ]
     return min(heads, default=None)  # a head's last layer is its narrowest
 
 
 def _base_name(folder: Path) -> str | None:
-    name = _json(folder / CONFIG).get("base_model_name_or_path")
+    name = _json(folder / CONFIG).get("base_model_name_or_path") or _notes(folder).get("base_model")
     return None if name is None else str(name)
 
 

@@ -1,10 +1,8 @@
 """`train`: a recipe to a trained, measured, stored adapter with its report."""
 
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +10,35 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.anatomy import output_head
-from lorakit.attach.api import attach, count_parameters, learning_rates, parameters, use
+from lorakit.attach.api import attach, learning_rates, parameters, use
 from lorakit.data import Dataset, load_examples, prompt_text, references_of
 from lorakit.errors import DataError, OutputError, TrainingError
 from lorakit.evaluate import METRICS, Evaluation, default_metrics, evaluate_classification, evaluate_generation
 from lorakit.generate import generate
-from lorakit.methods.lora import LoRA
+from lorakit.methods.kept import with_head
 from lorakit.models import Loaded, load
 from lorakit.report import Report, Sample, run_report, write_report
-from lorakit.run.batches import OrderedBatches, batches_of, encode_rows, longest, packed, told
+from lorakit.run.batches import OrderedBatches, batches_of, encode_rows, longest, packed, parts_of, told
 from lorakit.run.begin import begin_from
-from lorakit.run.check import check_class_metrics, check_fits, check_recipe
-from lorakit.run.device import best_device, model_bytes, peak_memory
+from lorakit.run.check import check_class_metrics, check_fits, check_recipe, check_world
+from lorakit.run.device import best_device
 from lorakit.run.diffusion.config import TEXT_TO_IMAGE
+from lorakit.run.figures import figures, next_steps
 from lorakit.run.folder import RunFolder, finite
 from lorakit.run.listen import Listener
 from lorakit.run.prefix import prefixed
-from lorakit.run.recipe import CLASSIFIERS, Recipe, load_recipe, to_yaml
+from lorakit.run.recipe import CLASSIFIERS, QUESTION_ANSWERING, Recipe, load_recipe, to_mapping, to_yaml
 from lorakit.run.result import RunResult
 from lorakit.run.resume import check_same, fingerprint
 from lorakit.run.subject import NAME
+from lorakit.run.track import Trackers
 from lorakit.store.api import save
 from lorakit.store.files import write_text
 from lorakit.train.config import TrainConfig
 from lorakit.train.loop import Hooks, Trainer
 from lorakit.train.loss import Objective, custom_objective, mean_loss, objective_for
-from lorakit.train.prune import pruned_objective
+from lorakit.train.prune import pruned_forward, pruned_objective
+from lorakit.train.world import join
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
@@ -63,6 +64,10 @@ def train(
 
 
 def kind_of(task: str) -> "type[Run]":
+    if task == QUESTION_ANSWERING:
+        from lorakit.run.questions import QuestionRun  # it builds on Run
+
+        return QuestionRun
     if task != TEXT_TO_IMAGE:
         return Run
     from lorakit.run.diffusion.run import TextToImageRun  # it builds on Run
@@ -74,18 +79,24 @@ class Run:
     """One run from recipe to report; each method is one part of it."""
 
     def __init__(self, recipe: Recipe, loss: Loss | None, listener: Listener) -> None:
-        self.recipe, self.loss, self.listener = recipe, loss, listener
+        self.world = join()
+        # Of several processes that train together the first one speaks and writes.
+        self.recipe, self.loss, self.listener = recipe, loss, listener if self.world.first else Listener()
         self.folder = RunFolder(recipe.output)
+        trackers = recipe.train.trackers if self.world.first else ()
+        self.trackers = Trackers(trackers, self.folder.path, to_mapping(recipe), self.listener.note)
         self.began = time.perf_counter()
         self.before: dict[str, float] = {}
         self.answers_before: list[str] = []
 
     def go(self, *, resume: bool, overwrite: bool) -> RunResult:
         check_recipe(self.recipe, own_loss=self.loss is not None)
+        check_world(self.recipe, self.world.size)
         if resume:
             check_same(self.folder, self.recipe)
         else:
             self.folder.check_free(overwrite=overwrite)
+        self.world.wait()  # all have looked before one begins to write
         self.read_data()
         self.load_model()
         if self.recipe.start_from is not None and not resume:  # a checkpoint holds what came of it
@@ -94,17 +105,18 @@ class Run:
         trainer = self.trainer()
         if resume:
             self.recall(trainer)
-        else:
+        elif self.world.first:
             self.measure_base()
             self.folder.begin(to_yaml(self.recipe), self.start())
         self.listener.stage(f"training for {trainer.total:,} steps")
         with self.rescue(trainer):
             trainer.run()
             self.save_adapter()
+        self.trackers.finish()
         if trainer.interrupted and trainer.state.step < trainer.total:
             self.listener.note(f"stopped at step {trainer.state.step:,} of {trainer.total:,}; everything is saved.")
             return RunResult(self.folder.path, {"step": trainer.state.step}, True, self.model, self.loaded.tokenizer)
-        summary = self.summarise(trainer)
+        summary = self.world.same(self.summarise(trainer) if self.world.first else None)
         return RunResult(self.folder.path, summary, False, self.model, self.loaded.tokenizer)
 
     @contextmanager
@@ -129,6 +141,11 @@ class Run:
     @property
     def classifies(self) -> bool:
         return self.recipe.task in CLASSIFIERS
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the model's head is of the task alone, so that it is trained beside the adapter."""
+        return self.classifies
 
     def read_data(self) -> None:
         self.listener.stage("reading data")
@@ -185,12 +202,7 @@ class Run:
 
     def method(self) -> Any:
         """The recipe's method; a classification head is trained in full beside it unless the recipe names what is."""
-        method = self.recipe.method
-        if self.classifies and isinstance(method, LoRA) and method.modules_to_save is None:
-            head = output_head(self.model)
-            if head is not None:
-                return replace(method, modules_to_save=[head])
-        return method
+        return with_head(self.recipe.method, output_head(self.model)) if self.trains_head else self.recipe.method
 
     def encode(self) -> None:
         self.listener.stage("encoding")
@@ -226,14 +238,19 @@ class Run:
             checkpoint=lambda trainer: trainer.save(self.folder.checkpoint),
         )
         batches, note = self.batches(self.train_rows), self.listener.note
+        batches.world = self.world
         self.objective = packed(self.recipe, self.loaded, batches, self.objective, own_loss=own is not None, note=note)
         if settings.prune_last_block and own is None:
             self.objective, self.measured = (
                 pruned_objective(one, self.model) for one in (self.objective, self.measured)
             )
         trained, rates = parameters(self.model, NAME), learning_rates(self.model, NAME)
-        feed, self.objective = prefixed(self.recipe, self.model, batches, self.objective, own_loss=bool(own), note=note)
-        trainer = Trainer(self.model, trained, feed, self.objective, settings, hooks, rates)
+        given: dict[str, Any] = {"own_loss": own is not None, "note": note, "world": self.world}
+        feed, self.objective = prefixed(self.recipe, self.model, batches, self.objective, **given)
+        parts = parts_of(self.recipe, own_loss=own is not None)
+        if self.world.size > 1:  # the same seed would drop the same entries of each one's rows
+            torch.manual_seed(settings.seed + self.world.rank)
+        trainer = Trainer(self.model, trained, feed, self.objective, settings, hooks, rates, parts)
         self.total_steps = trainer.total
         return trainer
 
@@ -255,14 +272,16 @@ class Run:
             )
         self.before, self.answers_before = start["before"], start["answers_before"]
         trainer.load(self.folder.checkpoint)
-        self.folder.cut_rows(trainer.state.step)
-        write_text(self.folder.recipe, to_yaml(self.recipe))
+        if self.world.first:
+            self.folder.cut_rows(trainer.state.step)
+            write_text(self.folder.recipe, to_yaml(self.recipe))
         self.listener.note(f"going on from step {trainer.state.step:,}")
 
     # -- while training ------------------------------------------------------------------------------------------------
 
     def add_row(self, row: Mapping[str, float]) -> None:
         self.folder.add_row(row)
+        self.trackers.row(row)
         self.listener.row(row, self.total_steps)
 
     def evaluate(self) -> dict[str, float]:
@@ -278,14 +297,15 @@ class Run:
     # -- measuring -----------------------------------------------------------------------------------------------------
 
     def _classify(self, dataset: Dataset) -> Evaluation:
-        return evaluate_classification(
-            self.model,
-            self.loaded.tokenizer,
-            dataset,
-            self._metrics(dataset),
-            max_length=longest(self.recipe, self.loaded),
-            truncate=self.recipe.data.truncate,
-        )
+        with pruned_forward(self.model) if self.recipe.train.prune_last_block else nullcontext():
+            return evaluate_classification(
+                self.model,
+                self.loaded.tokenizer,
+                dataset,
+                self._metrics(dataset),
+                max_length=longest(self.recipe, self.loaded),
+                truncate=self.recipe.data.truncate,
+            )
 
     def _metrics(self, dataset: Dataset) -> Sequence[str]:
         if self.recipe.evaluate.metrics is not None:
@@ -330,6 +350,8 @@ class Run:
     # -- after training ------------------------------------------------------------------------------------------------
 
     def save_adapter(self) -> None:
+        if not self.world.first:
+            return
         notes = {"model": self.recipe.model, "task": self.recipe.task, "label_names": self.train_set.label_names}
         if self.recipe.base.quantize is not None:
             notes |= {"quantize": self.recipe.base.quantize, "base_dtype": self.recipe.base.dtype}
@@ -346,23 +368,7 @@ class Run:
 
     def summarise(self, trainer: Trainer) -> dict[str, Any]:
         after = self.measure_adapter()
-        counts, state = count_parameters(self.model), trainer.state
-        summary: dict[str, Any] = {
-            "model": self.recipe.model,
-            "task": self.recipe.task,
-            "steps": state.step,
-            "best_step": state.best_step,
-            "trainable_parameters": counts.trainable,
-            "low_rank_parameters": counts.low_rank,
-            "total_parameters": counts.total,
-            "adapter_bytes": (self.folder.adapter / "adapter_model.safetensors").stat().st_size,
-            "model_bytes": model_bytes(self.model),
-            "peak_memory_bytes": peak_memory(),
-            "training_seconds": state.seconds,
-            "tokens_per_second": state.tokens / state.seconds if state.tokens else None,
-            "before": self.before,
-            "after": after,
-        }
+        summary = figures(self.recipe, self.folder, self.model, trainer.state, self.before, after)
         samples = self.samples()
         summary["seconds"] = time.perf_counter() - self.began
         self.folder.write_summary(summary)
@@ -386,15 +392,7 @@ class Run:
         ]
 
     def next_steps(self) -> list[tuple[str, str]]:
-        place, merged = (shlex.quote(f"{self.folder.path}{end}") for end in ("", "-merged"))
-        steps = [
-            ("Measure it on other data", f"lorakit evaluate {place} --data FILE"),
-            ("Look at the adapter", f"lorakit inspect {place}"),
-            ("Merge it into a plain transformers model", f"lorakit merge {place} --out {merged}"),
-        ]
-        if not self.classifies:
-            steps.insert(0, ("Answer prompts of your own", f"lorakit generate {place} --prompt '...'"))
-        return steps
+        return next_steps(self.folder, answers=not self.classifies)
 
     def report(self, summary: Mapping[str, Any], samples: Sequence[Sample]) -> Report:
         title = f"{self.recipe.model} on {self.train_set.source}"

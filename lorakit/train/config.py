@@ -6,6 +6,8 @@ from lorakit.errors import UsageError
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
+ADAMW_8BIT = "adamw8bit"
+OPTIMIZERS = ("adamw", ADAMW_8BIT)
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,10 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimizer steps at the most; None = what `epochs` gives."""
     batch_size: int = 8
-    """Examples in one forward pass."""
+    """Examples that make up one optimizer step (with `accumulate`: that many times as many)."""
+    pass_tokens: int | None = 8192
+    """The most positions (tokens and padding) of one forward pass: a batch that has more is run in several, rows of like
+    length together, and so is one where that saves enough padding. The optimizer step is the same. None = never."""
     batch_tokens: int | None = None
     """In place of batch_size: the most tokens in one forward pass, padding included; as many examples of like length as fit
     (an example that is longer comes alone)."""
@@ -26,13 +31,15 @@ class TrainConfig:
     pack_length: int | None = None
     """The most tokens of a packed row; None = 256, or the batch's longest example where it has more."""
     accumulate: int = 1
-    """Forward passes per optimizer step; the loss is normalised over all of them together."""
+    """Batches per optimizer step; the loss is normalised over all of them together."""
     lr: float = 2.0e-4
     """Peak learning rate. LoRA wants about ten times what full fine-tuning does."""
     schedule: str = "linear"
     """How the rate goes after warm-up: linear or cosine to zero, or constant."""
     warmup: float = 0.06
     """Warm-up: a share of all steps where below 1, else a number of steps."""
+    optimizer: str = "adamw"
+    """adamw, or adamw8bit: the same with its state in 8 bits (a quarter of the memory; needs torchao)."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     beta1: float = 0.9
@@ -70,6 +77,8 @@ class TrainConfig:
     """Steps between checkpoints from which a run can be resumed; None = at the end and on Ctrl-C."""
     log_every: int = 1
     """Steps between rows of metrics.jsonl."""
+    trackers: tuple[str, ...] = ()
+    """Where rows of metrics.jsonl go as well: tensorboard (into the run's folder), trackio, wandb."""
 
     def __post_init__(self) -> None:
         self._check_batching()
@@ -88,14 +97,20 @@ class TrainConfig:
                 raise UsageError(f"train.{name} must be in [0, 1), not {getattr(self, name)}.")
         if self.clip is not None and not self.clip > 0:
             raise UsageError(f"train.clip must be above 0 (leave it empty for no clipping), not {self.clip}.")
-        for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("keep", ("best", "last"))):
+        known_values = {
+            "optimizer": OPTIMIZERS,
+            "schedule": SCHEDULES,
+            "precision": PRECISIONS,
+            "keep": ("best", "last"),
+        }
+        for name, known in known_values.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"train.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}.")
 
     def _check_batching(self) -> None:
         if self.prefix_cache not in (True, False, "auto"):
             raise UsageError(f"train.prefix_cache must be auto, true or false, not {self.prefix_cache!r}.")
-        for name in ("batch_tokens", "pack_length"):
+        for name in ("pass_tokens", "batch_tokens", "pack_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"train.{name} must be at least 1, not {value}.")

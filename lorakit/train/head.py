@@ -49,7 +49,7 @@ def summed_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, smooth
     weight, bias = head._parameters["weight"], head._parameters.get("bias")
     site = head.__dict__.get("_lk_site")
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)  # type: ignore[union-attr]
-    same = weight.dtype == hidden.dtype and not kernels.autocasting(hidden)  # type: ignore[union-attr]
+    same = weight.dtype == hidden.dtype or kernels.autocasting(hidden)  # type: ignore[union-attr]
     if frozen and same and (site is None or not site.active):
         return head_cross_entropy(hidden, weight, bias, labels, smoothing)  # type: ignore[arg-type]
     return _adapted_head(hidden, head, labels, smoothing)

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from lorakit.data.pack import counts
 from lorakit.errors import TrainingError, UsageError
 from lorakit.train.config import TrainConfig
+from lorakit.train.flat import FlatParameters
 from lorakit.train.loss import Batch, Objective
+from lorakit.train.optimizer import optimizer_for, set_rate
 from lorakit.train.schedule import factor
-from lorakit.train.state import TrainState, load_state, restore, save_state, snapshot
+from lorakit.train.state import TrainState, load_state, save_state
+from lorakit.train.world import join
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,7 +55,9 @@ class Trainer:
     """One training run: model, trainable parameters, optimizer, state.
 
     parameters: what is trained (lorakit.parameters(model, name)); rates: id of a parameter -> factor on its learning rate
-    (see Method.learning_rates). However the run ends, the model is left in evaluation
+    (see Method.learning_rates). parts: a batch -> the batches in whose forward passes it is run; the loss must be a sum over
+    rows for that. With several processes (see World) each is given its share of a batch's rows by `batches`, an empty
+    mapping where it has none, and only the first calls the hook `row`. However the run ends, the model is left in evaluation
     mode and its forward as it was; where it ends by itself, with the best (or last) adapter in place.
     """
 
@@ -65,40 +70,57 @@ class Trainer:
         config: TrainConfig,
         hooks: Hooks | None = None,
         rates: Mapping[int, float] | None = None,
+        parts: Callable[[Batch], Sequence[Batch]] = lambda batch: (batch,),
     ) -> None:
         if not parameters:
             raise UsageError("nothing to train: the adapter has no trainable parameters.")
+        self.world, self.parts = join(), parts
         self.accelerator = _accelerator(config)
         self.config, self.batches, self.objective, self.hooks = config, batches, objective, hooks or Hooks()
         self.parameters = list(parameters)
         _checkpointing(model, config.gradient_checkpointing)
-        groups = _groups(self.parameters, rates or {})
-        optimizer = torch.optim.AdamW(
-            groups, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-        )
-        self._forward = model.__dict__.get("forward")  # None but for models with hooks of accelerate
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.state, self.best, self.good = TrainState(), None, []
+        self.model = self._prepared(model)
+        self.flat = FlatParameters(self.parameters, rates or {})
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer_for(config, self.flat), device_placement=False)
+        self.state, self.best, self.good = TrainState(), None, self.flat.copy()
         self.total = total_steps(config, len(batches))
-        self.interrupted = False
+        self.asked_to_stop = self.interrupted = False
+
+    def _prepared(self, model: nn.Module) -> nn.Module:
+        """The model on its device. Autocast is entered where the model is called, so its forward stays its own."""
+        forward = model.__dict__.get("forward")  # None but for models with hooks of accelerate
+        # No DistributedDataParallel: gradients are summed once a step, in the flat buffers (see World).
+        prepared: nn.Module = self.accelerator.prepare_model(model, evaluation_mode=True)
+        for key, value in (("_original_forward", None), ("forward", forward)):
+            model.__dict__.pop(key, None)
+            if value is not None:
+                model.__dict__[key] = value
+        return prepared
 
     def save(self, folder: Path) -> None:
         """Write all that `load` needs to go on from here. Raises OutputError."""
         self.state.scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        save_state(folder, self.state, self.parameters, self.optimizer, self.best)
+        save_state(folder, self.state, self.flat, self._inner, self.best, self.world)
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote. Raises FileError where it is damaged or of another model or method."""
-        self.state, self.best = load_state(folder, self.parameters, self.optimizer)
+        self.flat.bind()
+        self.state, self.best = load_state(folder, self.config, self.flat, self._inner, self.world)
         if self.state.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
 
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[no-any-return]
+
     def run(self) -> TrainState:
         """Train to the end, or to Ctrl-C (`interrupted` is then true). Raises TrainingError on a loss that is no number."""
-        self.good = snapshot(self.parameters)
+        self.flat.bind()
+        self.world.same_values(self.flat.held)
+        self.flat.copy_to(self.good)
         try:
             with _stop_on_interrupt(self):
-                while self.state.step < self.total and not self.interrupted:
+                while self._goes_on():
                     self._epoch()
             # Before the best adapter takes the last one's place: a longer run would go on from the last.
             if self.hooks.checkpoint is not None:
@@ -107,25 +129,26 @@ class Trainer:
             self._leave()
         return self.state
 
+    def _goes_on(self) -> bool:
+        """Whether another step is due; all processes answer alike, whichever of them was asked to stop."""
+        self.interrupted = self.world.any(self.asked_to_stop)
+        return self.state.step < self.total and not self.interrupted
+
     def _leave(self) -> None:
         """The model as it was before, but trained."""
         if self.state.step >= self.total and self.best is not None:
-            restore(self.parameters, self.best)
-        self.optimizer.zero_grad(set_to_none=True)
+            self.flat.restore(self.best)
+        self.flat.release()
         self.model.eval()
         if self.config.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
-        for key, value in (("_original_forward", None), ("forward", self._forward)):  # autocast's wrapping
-            self.model.__dict__.pop(key, None)
-            if value is not None:
-                self.model.__dict__[key] = value
 
     def _epoch(self) -> None:
         """The rest of the current epoch, from the state's batch on."""
         state, config = self.state, self.config
         self.model.train()
         source = self.batches.make(state.epoch, state.batch)
-        while state.step < self.total and not self.interrupted:
+        while self._goes_on():
             group = [batch for _, batch in zip(range(config.accumulate), source, strict=False)]
             if not group:
                 state.epoch, state.batch = state.epoch + 1, 0
@@ -142,13 +165,18 @@ class Trainer:
         """One optimizer step over `accumulate` batches; the loss is the mean over the targets of all of them."""
         begin, state = time.perf_counter(), self.state
         rate = self.config.lr * factor(self.config, state.step, self.total)
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = rate * settings["ratio"]
-        loss, norm = self._backward(group, rate), self._clip(rate)
-        self.good = snapshot(self.parameters)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        examples, tokens = (sum(one) for one in zip(*map(counts, group), strict=True))
+        set_rate(self._inner, rate)
+        if not self.flat.bound:
+            self.flat.bind()
+        loss = self._backward(group, rate)
+        self.flat.gather()
+        self.world.add_gradients(self.flat.held)
+        norm = self._clip(rate)
+        self.flat.copy_to(self.good)
+        (self._inner if self.accelerator.scaler is None else self.optimizer).step()
+        self.flat.updated()
+        seen = [counts(batch) for batch in group if batch]
+        examples, tokens = map(int, self.world.sums([sum(one[0] for one in seen), sum(one[1] for one in seen)]))
         seconds = time.perf_counter() - begin
         state.step, state.batch, state.tokens = state.step + 1, state.batch + len(group), state.tokens + tokens
         state.examples += examples
@@ -160,38 +188,47 @@ class Trainer:
     def _log(self, measured: Row) -> None:
         state = self.state
         epoch = state.epoch + state.batch / len(self.batches)
-        self.hooks.row({"step": state.step, "epoch": epoch, **measured, "seconds": state.seconds})
+        self._row({"step": state.step, "epoch": epoch, **measured, "seconds": state.seconds})
+
+    def _row(self, row: Row) -> None:
+        if self.world.first:
+            self.hooks.row(row)
 
     def _backward(self, group: Sequence[Batch], rate: float) -> float:
         """Gradients of the mean loss over the group's targets; returns that loss."""
-        count = max(1, sum(self.objective.targets(batch) for batch in group))
+        own = [batch for batch in group if batch]  # of several processes one may have no rows
+        count = max(1.0, self.world.sums([sum(self.objective.targets(batch) for batch in own)])[0])
         loss = 0.0
-        for batch in group:
-            moved = {key: value.to(self.accelerator.device) for key, value in batch.items()}
+        for part in (part for batch in own for part in self.parts(batch)):
+            moved = {key: value.to(self.accelerator.device) for key, value in part.items()}
             with _memory_told(self.state.step + 1):
-                part = self.objective.loss(self.model, moved)
-                value = float(part.total.detach())
-                if not math.isfinite(value):
+                with self.accelerator.autocast():
+                    total = self.objective.loss(self.model, moved).total
+                value = float(total.detach())
+                if not math.isfinite(value) and self.world.size == 1:  # several must give up together
                     self._give_up(f"the loss is {value} at step {self.state.step + 1}", rate)
-                self.accelerator.backward(part.total / count)
+                self.accelerator.backward(total / count)
             loss += value
+        loss = self.world.sums([loss])[0]
+        if not math.isfinite(loss):
+            self._give_up(f"the loss is {loss} at step {self.state.step + 1}", rate)
         return loss / count
 
     def _clip(self, rate: float) -> float:
         self.accelerator.unscale_gradients(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf))
+        norm = self.flat.clip(self.config.clip)
         if not math.isfinite(norm) and self.config.precision != "fp16":  # fp16: the scaler skips the step by itself
-            self.good = snapshot(self.parameters)  # their loss was a number
+            self.flat.copy_to(self.good)  # their loss was a number
             self._give_up(f"the gradient's norm is {norm} at step {self.state.step + 1}", rate)
         return norm
 
     def _give_up(self, what: str, rate: float) -> NoReturn:
         """Put the last good adapter in place and raise."""
         if self.best is not None:
-            restore(self.parameters, self.best)
+            self.flat.restore(self.best)
             kept = f"the best adapter so far (step {self.state.best_step})"
         else:
-            restore(self.parameters, self.good)
+            self.flat.restore(self.good)
             kept = "the last adapter whose loss was a number" if self.state.step else "the untrained adapter"
         raise TrainingError(
             f"{what} (learning rate {rate:.3g}): stopped. Kept: {kept}. Try a lower train.lr, a longer train.warmup or a "
@@ -202,7 +239,8 @@ class Trainer:
         if self.hooks.evaluate is None:
             return
         self.model.eval()
-        metrics, state = dict(self.hooks.evaluate()), self.state
+        with self.accelerator.autocast():
+            metrics, state = dict(self.world.same(dict(self.hooks.evaluate()))), self.state
         self.model.train()
         name = self.config.best_metric
         if name not in metrics:
@@ -210,24 +248,16 @@ class Trainer:
         value, sign = metrics[name], 1 if self.hooks.higher_is_better(name) else -1
         if math.isfinite(value) and (state.best_value is None or sign * value > sign * state.best_value):
             state.best_value, state.best_step = value, state.step
-            self.best = snapshot(self.parameters) if self.config.keep == "best" else None
-        self.hooks.row({"step": state.step, **{f"eval_{name}": value for name, value in metrics.items()}})
+            self.best = self.flat.copy() if self.config.keep == "best" else None
+        self._row({"step": state.step, **{f"eval_{name}": value for name, value in metrics.items()}})
         if not math.isfinite(metrics.get("loss", 0.0)):
             self._give_up(
-                f"the eval loss is {metrics['loss']} after step {state.step}", self.optimizer.param_groups[0]["lr"]
+                f"the eval loss is {metrics['loss']} after step {state.step}",
+                float(self.optimizer.param_groups[0]["lr"]),
             )
 
     good: list[Tensor]  # the newest values whose loss was a number
     best: list[Tensor] | None  # the best values on the eval set; None where keep is "last"
-
-
-def _groups(parameters: Sequence[nn.Parameter], rates: Mapping[int, float]) -> list[dict[str, object]]:
-    """The optimizer's groups: parameters of one learning rate together. ratio: the group's rate over the run's."""
-    ratios = [rates.get(id(parameter), 1.0) for parameter in parameters]
-    return [
-        {"params": [one for one, own in zip(parameters, ratios, strict=True) if own == ratio], "ratio": ratio}
-        for ratio in dict.fromkeys(ratios)
-    ]
 
 
 def total_steps(config: TrainConfig, batches: int) -> int:
@@ -251,10 +281,7 @@ def _accelerator(config: TrainConfig) -> "Accelerator":
             "this CPU has no bf16 arithmetic: train.precision bf16 will be many times slower than fp32.", stacklevel=4
         )
     AcceleratorState._reset_state()  # it outlives a run, and would refuse a second one of another precision
-    accelerator = Accelerator(mixed_precision=precision)
-    if accelerator.num_processes > 1:
-        raise UsageError("training over several processes is not supported yet. Start a single process.")
-    return accelerator
+    return Accelerator(mixed_precision=precision)
 
 
 def _checkpointing(model: nn.Module, wanted: bool) -> None:
@@ -288,9 +315,9 @@ def _stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
         return
 
     def stop(number: int, frame: object) -> None:
-        if trainer.interrupted:
+        if trainer.asked_to_stop:
             raise KeyboardInterrupt
-        trainer.interrupted = True
+        trainer.asked_to_stop = True
 
     before = signal.signal(signal.SIGINT, stop)
     try:

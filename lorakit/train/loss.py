@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.data import IGNORE
 from lorakit.errors import UsageError
+from lorakit.methods.prompt import answering
 from lorakit.train.head import hidden_states, summed_cross_entropy
 
 Batch = Mapping[str, Tensor]
@@ -36,7 +37,7 @@ class Objective:
 
 
 def targets(batch: Batch, task: str) -> int:
-    """How many targets a batch has: tokens that carry loss, or rows of a classification."""
+    """How many targets a batch has: tokens that carry loss, or rows of a classification or of questions."""
     labels = batch["labels"]
     if task == "causal-lm":
         return int((labels[:, 1:] != IGNORE).sum())
@@ -44,8 +45,14 @@ def targets(batch: Batch, task: str) -> int:
 
 
 def objective_for(task: str, *, label_smoothing: float = 0.0) -> Objective:
-    """The loss of a task: cross-entropy of next tokens or classes, squared error of scores."""
-    loss = {"causal-lm": _causal, "seq2seq": _seq2seq}.get(task, _classification)
+    """The loss of a task: cross-entropy of next tokens or classes, of an answer's ends, squared error of scores.
+
+    Raises UsageError for label smoothing of an answer's ends: a row's places are no classes that could share it.
+    """
+    if task == "question-answering" and label_smoothing:
+        raise UsageError("label smoothing is of tokens and classes, not of an answer's place. Leave it out.")
+    known = {"causal-lm": _causal, "seq2seq": _seq2seq, "question-answering": _span}
+    loss = known.get(task, _classification)
     return Objective(lambda model, batch: loss(model, batch, label_smoothing), lambda batch: targets(batch, task))
 
 
@@ -74,9 +81,10 @@ def _causal(model: nn.Module, batch: Batch, smoothing: float) -> LossSum:
     sliced = _takes_columns(type(getattr(model, "module", model)))
     if sliced:
         inputs |= {"logits_to_keep": columns, "use_cache": False}
-    found = hidden_states(model, inputs)
+    with answering(model, batch["labels"], batch.get("attention_mask")):
+        found = hidden_states(model, inputs)
+        logits = None if found is not None else model(**inputs).logits  # (batch, columns, vocab)
     if found is None:
-        logits = model(**inputs).logits  # (batch, columns, vocab)
         return _cross_entropy(logits if sliced else logits[:, columns], shifted[:, columns], smoothing)
     return _through_head(found, shifted[:, columns], smoothing, None if sliced else columns)
 
@@ -110,6 +118,15 @@ def _classification(model: nn.Module, batch: Batch, smoothing: float) -> LossSum
         total = nn.functional.mse_loss(logits.squeeze(-1).float(), labels, reduction="sum")
         return LossSum(total, labels.shape[0])
     return _cross_entropy(logits, labels, smoothing)
+
+
+def _span(model: nn.Module, batch: Batch, smoothing: float) -> LossSum:
+    """The mean of the cross-entropies of the answer's first and last token, over the row's positions (padding is none)."""
+    output = model(**{key: value for key, value in batch.items() if key != "labels"})
+    padding = batch["attention_mask"] == 0
+    ends = [one.float().masked_fill(padding, -1e4) for one in (output.start_logits, output.end_logits)]  # (batch, seq)
+    first, last = (_cross_entropy(one, batch["labels"][:, side], smoothing).total for side, one in enumerate(ends))
+    return LossSum((first + last) / 2, batch["labels"].shape[0])
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> LossSum:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.attach.alone import by_token
 from lorakit.data import Encoded, collate
 from lorakit.data.encode import CAUSAL_LM, CLASSIFICATION
 from lorakit.data.pack import SEGMENTS, collate_packed, ends, positions
@@ -146,6 +147,10 @@ def packing_for(model: Any, task: str, *, pad_id: int) -> Packing:
 def _candidates(model: Any, task: str) -> list[Packing]:
     """The ways in which a model like this may take packed rows, best first."""
     name = type(model).__name__
+    if not by_token(model):
+        raise UsageError(
+            "an adapter puts tokens of its own into each row, and a packed row's examples would share them."
+        )
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise UsageError(f"{name} takes no position_ids, so the examples of a packed row cannot be kept apart.")
     if task not in (CAUSAL_LM, CLASSIFICATION):

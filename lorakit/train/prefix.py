@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.attach.alone import by_token
 from lorakit.attach.anatomy import blocks
 from lorakit.errors import UsageError
 
@@ -49,6 +50,8 @@ def find_prefix(model: nn.Module, inputs: Inputs) -> Prefix:
     if found is None:
         raise UsageError(f"{type(model).__name__} has no single list of blocks that could be split in two.")
     path, stack = found
+    if not by_token(model):
+        raise UsageError("an adapter puts tokens of its own into each row, so its states are not one a token.")
     if lowest_block_trained(model):
         raise UsageError(f"something in {path}.0, the lowest block, is trained, so nothing stays the same below it.")
     entered = _entries(model, list(stack), inputs)

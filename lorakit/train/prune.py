@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.adapted import plain
+from lorakit.attach.alone import by_token
 from lorakit.attach.anatomy import blocks
 from lorakit.attach.group import apart
 from lorakit.data.pack import SEGMENTS, ends
@@ -62,6 +63,19 @@ def last_block_pruned(model: nn.Module, batch: Batch) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def pruned_forward(model: nn.Module) -> Iterator[None]:
+    """Inside the with-statement each call of `model` is as in last_block_pruned; its inputs must be named, as it has them."""
+    inner = model.forward
+
+    def forward(**inputs: Any) -> Any:
+        with last_block_pruned(model, inputs):
+            return inner(**inputs)
+
+    with standing_in({model: forward} if _qualified(model) in HEADS else {}):
+        yield
+
+
 def _pruned(block: nn.Module, head: "Head", read: "Read", hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return read.give(head.block(block, read.at, hidden, *args, **kwargs), hidden)
 
@@ -98,7 +112,7 @@ class Head:
         """Whether the block is, for now, just what its class says, and its attention one whose masks are known."""
         config = model.config
         through = [block.get_submodule(self.attention.rpartition(".")[0]), block.get_submodule(self.attention)]
-        plain_ones = all(_untouched(module) for module in (block, *through))
+        plain_ones = by_token(model) and all(_untouched(module) for module in (block, *through))
         read = config.output_hidden_states or config.output_attentions
         decodes = getattr(config, "add_cross_attention", False) or (self.block is _bert and config.is_decoder)
         upcast = getattr(config, "reorder_and_upcast_attn", False)

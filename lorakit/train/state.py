@@ -6,12 +6,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.errors import FileError
 from lorakit.store.files import write_atomically
+from lorakit.train.config import TrainConfig
+from lorakit.train.flat import FlatParameters
+from lorakit.train.optimizer import restore_state, state_faults, state_of
+from lorakit.train.world import World
 
 FILE = "state.safetensors"  # one file, so that tensors and counters can never be of two different steps
+OPTIMIZER = "optimizer."
 
 
 @dataclass
@@ -38,53 +43,51 @@ class TrainState:
     """fp16's loss scaling; None for the other precisions."""
 
 
-def snapshot(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Copies of the parameters' values."""
-    return [parameter.detach().clone() for parameter in parameters]
-
-
-def restore(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    """Put copied values back."""
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.data.copy_(value)
-
-
 def save_state(
     folder: Path,
     state: TrainState,
-    parameters: Sequence[nn.Parameter],
+    flat: FlatParameters,
     optimizer: torch.optim.Optimizer,
     best: Sequence[Tensor] | None,
+    world: World,
 ) -> None:
-    """Write the state to FILE in `folder`, whole or not at all. Raises OutputError."""
+    """Write the state to FILE in `folder`, whole or not at all; of several processes the first writes. Raises OutputError."""
     from safetensors.torch import save_file
 
-    tensors = {f"parameter.{i}": parameter.detach().cpu() for i, parameter in enumerate(parameters)}
-    tensors |= {f"best.{i}": value.cpu() for i, value in enumerate(best or ())}
-    for i, parameter in enumerate(parameters):
-        tensors |= {f"optimizer.{i}.{key}": value.detach().cpu() for key, value in optimizer.state[parameter].items()}
-    tensors["random.cpu"] = torch.get_rng_state()
+    drawn = {"random.cpu": world.gathered(torch.get_rng_state())}
     if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
-    notes = {"state": json.dumps(asdict(state))}
+        drawn["random.cuda"] = world.gathered(torch.cuda.get_rng_state())
+    if not world.first:
+        return
+    tensors = {f"parameter.{i}": parameter.detach() for i, parameter in enumerate(flat.parameters)}
+    tensors |= {f"best.{i}": value for i, value in enumerate(best or ())}
+    tensors |= {f"{OPTIMIZER}{key}": value for key, value in state_of(optimizer, flat).items()}
+    tensors |= {f"{key}{_mark(rank)}": one for key, all_of in drawn.items() for rank, one in enumerate(all_of)}
+    tensors = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
+    notes = {"state": json.dumps(asdict(state)), "processes": str(world.size)}
     write_atomically(folder / FILE, lambda path: save_file(tensors, str(path), metadata=notes))
 
 
-def _read(folder: Path) -> tuple[TrainState, dict[str, Tensor]]:
+def _mark(rank: int) -> str:
+    """What a process's random state is called by, after the first one's."""
+    return f".{rank}" if rank else ""
+
+
+def _read(folder: Path) -> tuple[TrainState, dict[str, Tensor], int]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(folder / FILE, framework="pt") as file:
             state = TrainState(**json.loads(file.metadata()["state"]))
-            return state, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+            return state, tensors, int(file.metadata().get("processes", 1))
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise FileError(f"the checkpoint in {folder} cannot be read:", [str(error)]) from error
 
 
-def _faults(tensors: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> list[str]:
-    """What does not fit: a parameter that is missing, of another shape, or one too many."""
-    faults = []
+def _faults(tensors: Mapping[str, Tensor], flat: FlatParameters) -> list[str]:
+    """What does not fit: a parameter that is missing, of another shape, or one too many; no best values for all."""
+    faults, parameters = [], flat.parameters
     for i, parameter in enumerate(parameters):
         if f"parameter.{i}" not in tensors:
             faults.append(f"parameter {i} is missing")
@@ -94,29 +97,35 @@ def _faults(tensors: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -
     held = sum(key.startswith("parameter.") for key in tensors)
     if held > len(parameters):
         faults.append(f"{held} parameters in the checkpoint, {len(parameters)} in the model")
+    best = [tuple(tensors[f"best.{i}"].shape) for i in range(len(flat.held)) if f"best.{i}" in tensors]
+    if best and best != [tuple(one.shape) for one in flat.held]:
+        faults.append("the best values are laid out in another way than this version of lorakit does")
     return faults + [f"{key} is missing" for key in ("random.cpu",) if key not in tensors]
 
 
 def load_state(
-    folder: Path, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path, config: TrainConfig, flat: FlatParameters, optimizer: torch.optim.Optimizer, world: World
 ) -> tuple[TrainState, list[Tensor] | None]:
     """Restore parameters, optimizer and random state in place; returns (counters, the best adapter's values or None).
 
-    Raises FileError, before anything is changed, for a checkpoint that is damaged or of another model or method.
+    Raises FileError, before anything is changed, for a checkpoint that is damaged, of another model, method or optimizer, or
+    of another number of processes.
     """
-    state, tensors = _read(folder)
-    faults = _faults(tensors, parameters)
-    if faults:
+    state, tensors, processes = _read(folder)
+    if processes != world.size:
+        raise FileError(
+            f"the checkpoint in {folder} cannot be gone on with:",
+            [f"it was written by {processes} processes, and these are {world.size}: start as many"],
+        )
+    moments = {key.removeprefix(OPTIMIZER): value for key, value in tensors.items() if key.startswith(OPTIMIZER)}
+    faults = _faults(tensors, flat)
+    if faults := faults or state_faults(config, moments, flat):
         raise FileError(f"the checkpoint in {folder} is not of this model and method:", faults)
-    restore(parameters, [tensors[f"parameter.{i}"] for i in range(len(parameters))])
-    for i, parameter in enumerate(parameters):
-        prefix = f"optimizer.{i}."
-        moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        optimizer.state[parameter] = {
-            key: value.to(parameter.device) if key != "step" else value for key, value in moments.items()
-        }
-    torch.set_rng_state(tensors["random.cpu"])
+    for i, parameter in enumerate(flat.parameters):
+        parameter.data.copy_(tensors[f"parameter.{i}"])
+    restore_state(optimizer, moments, flat)
+    torch.set_rng_state(tensors[f"random.cpu{_mark(world.rank)}"])
     if torch.cuda.is_available() and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    best = [tensors[f"best.{i}"] for i in range(len(parameters))] if "best.0" in tensors else None
+        torch.cuda.set_rng_state(tensors[f"random.cuda{_mark(world.rank)}"])
+    best = [tensors[f"best.{i}"] for i in range(len(flat.held))] if "best.0" in tensors else None
     return state, best

@@ -92,7 +92,7 @@ def test_bad_overrides(override, message):
             {"task": "causal"},
             "task: expected one of causal-lm, seq2seq, sequence-classification, image-classification, .*got 'causal'",
         ),
-        ({"method": {"name": "lroa"}}, "method: expected keys with `name: lora`, got 'lroa'"),
+        ({"method": {"name": "lroa"}}, "method: expected keys with `name: lora .*, got 'lroa'.*did you mean 'lora'"),
         ({"method": "lora"}, "method: expected keys with"),
         ({"method": {"r": 0}}, r"method: .*\br\b.*0"),
         ({"method": {"rank": 8}}, r"method\.rank: unknown key"),
