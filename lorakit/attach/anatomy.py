@@ -49,12 +49,18 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
     None where there is no such list or several side by side (an encoder and a decoder); lists inside a block don't count.
     """
+    found = block_lists(model)
+    return found[0] if len(found) == 1 else None
+
+
+def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """(path, list) of every list of modules of one class that lies in no other: an encoder's blocks and a decoder's."""
     found: list[tuple[str, nn.ModuleList]] = []
     for path, module in walk(model):
         uniform = isinstance(module, nn.ModuleList) and len({plain(type(one)) for one in module}) == 1
         if uniform and not any(is_within(path, outer) for outer, _ in found):
             found.append((path, module))  # type: ignore[arg-type]
-    return found[0] if len(found) == 1 else None
+    return found
 
 
 def is_within(path: str, parent: str) -> bool:

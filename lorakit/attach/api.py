@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lorakit.attach.alone import check_together
 from lorakit.attach.anatomy import parameters_of
 from lorakit.attach.host import KEY, Host, Record, State, check_names, check_not_merged, find_host, host_of
 from lorakit.attach.method import LEARNT, Draft, Method, Several
@@ -228,6 +229,7 @@ def use(model: nn.Module, names: Names) -> Restore:
         check_not_merged(host)
         chosen = selection_of(names)
         check_names(host, chosen)
+        check_together(host, chosen, routed=False)
         before = host.state
         host.switch(State(tuple(chosen.items())))
         return Restore(host, before)
@@ -251,6 +253,7 @@ def route(
         check_not_merged(host)
         names = list(dict.fromkeys(name for name in rows if name is not None))
         check_names(host, dict.fromkeys(names, 1.0))
+        check_together(host, names, routed=True)
         index = tuple(-1 if name is None else names.index(name) for name in rows)
         before = host.state
         host.switch(State(tuple((name, 1.0) for name in names), Route(index, strict=strict, tokens=per == "token")))

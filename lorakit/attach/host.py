@@ -98,6 +98,7 @@ class Host:
         self.flags = dict(flags)
         self.together: list[tuple[str, ...]] = []  # paths of leaves that share an input
         self.joined = False  # whether their sites know of each other
+        self.owner: str | None = None  # who alone may change what is attached, and switch (a serving bank)
         self.fed: dict[str, nn.Module] = {}  # feed-forward modules and norms whose class is swapped
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,7 +106,7 @@ class Host:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.joined = False  # a copied site has no group
+        self.joined, self.owner = False, None  # a copied site has no group, and a copied model no bank
         self.lock = threading.RLock()
 
     # -- leaves ------------------------------------------------------------------------------------------------------
@@ -331,6 +332,9 @@ def check_names(host: Host, names: Mapping[str, float]) -> None:
 
 
 def check_not_merged(host: Host) -> None:
+    """Raise where adapters cannot be changed or switched now: one is merged, or the model is being served."""
+    if host.owner is not None:
+        raise AdapterError(f"this model belongs to {host.owner}, which alone switches its adapters. Close that first.")
     if host.merged is not None:
         raise AdapterError(
             f"{', '.join(map(repr, host.merged.names))} is merged into the base. Call lorakit.unmerge(model) first."

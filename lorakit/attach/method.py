@@ -138,6 +138,8 @@ class Method(ABC):
     """An adaptation method: frozen configuration, drafts for any model. Subclasses are frozen dataclasses."""
 
     name: ClassVar[str]
+    learning_rate: ClassVar[float] = 2.0e-4
+    """The peak learning rate that a recipe takes where it names none."""
 
     @abstractmethod
     def draft(self, model: nn.Module, *, dtype: torch.dtype | None, generator: torch.Generator | None) -> Draft:

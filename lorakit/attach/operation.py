@@ -34,6 +34,11 @@ class Operation(ABC):
     """Whether each token's output depends on that token alone, and no token is added: what packing, the pruned last block
     and the cache of frozen layers need."""
 
+    @property
+    def positions(self) -> int:
+        """How many positions of the sequence it takes for tokens of its own."""
+        return 0
+
     @abstractmethod
     def run(
         self,

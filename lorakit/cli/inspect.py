@@ -11,7 +11,7 @@ from lorakit.cli.show import megabytes, print_json, print_table
 from lorakit.errors import UsageError
 from lorakit.run.look import is_data
 from lorakit.run.subject import adapter_folder
-from lorakit.store.inspect import inspect
+from lorakit.store.inspect import Inspection, inspect
 
 
 def run(
@@ -56,7 +56,7 @@ def run(
                 "trained in full",
                 _short(list(found.replaced)) if len(found.replaced) > 8 else ", ".join(found.replaced) or None,
             ),
-            ("settings", ", ".join(f"{key}={_short(value)}" for key, value in found.config.items() if key in SHOWN)),
+            ("settings", ", ".join(f"{key}={_short(value)}" for key, value in _settings(found).items())),
         ]
         print_table(["", found.source], facts)
         rows = [
@@ -84,6 +84,14 @@ SHOWN = (
     "rank_pattern",
     "alpha_pattern",
 )
+
+
+def _settings(found: Inspection) -> dict[str, object]:
+    """The settings that tell one adapter from another: of PEFT's many keys a few, of lorakit's own all."""
+    own = found.kind.startswith("lorakit")
+    return {
+        key: value for key, value in found.config.items() if (own or key in SHOWN) and key not in ("method", "parts")
+    }
 
 
 def _short(value: object) -> str:

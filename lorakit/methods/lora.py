@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from lorakit.attach.adapted import plain
-from lorakit.attach.anatomy import is_adapters, is_within, named_parameter_owners
+from lorakit.attach.anatomy import named_parameter_owners
 from lorakit.attach.kinds import EmbeddingKind, LeafKind, is_attention, low_rank_kind
 from lorakit.attach.method import Draft, Method
-from lorakit.attach.quantized import is_quantized
 from lorakit.attach.targets import (
     ALL_LINEAR,
     Selection,
@@ -27,6 +26,7 @@ from lorakit.attach.targets import (
 )
 from lorakit.errors import TargetError, UsageError
 from lorakit.methods.dora import DoRA
+from lorakit.methods.kept import add_copies, in_order, kept_places
 from lorakit.methods.lora_plus import LoRAPlus
 from lorakit.methods.pissa import from_base
 from lorakit.methods.rslora import RsLoRA
@@ -179,19 +179,12 @@ class LoRA(Method):
                 )
             draft.raw.setdefault(path, {})[name] = starter.raw(path, model.get_submodule(path), name)
         for path, name in self._replaced(model, leaves):
-            own = model.get_submodule(path)._parameters[name]
-            if is_quantized(own):
-                raise TargetError(
-                    f"{path}.{name} is quantised and cannot be trained in full. Leave it out of modules_to_save, or load the "
-                    "base with that module unquantised."
-                )
             if name in draft.raw.get(path, {}):
                 raise UsageError(
                     f"{path}.{name} is trained in full (modules_to_save) and takes a low-rank update (target_parameters). Leave "
                     "it out of one of the two."
                 )
-            if own is not None:
-                draft.replaced.setdefault(path, {})[name] = own.detach().clone()
+            add_copies(draft, model, [(path, name)], "modules_to_save")
         add_token_rows(draft, model, self.trainable_token_indices, dtype)
         if self.ensure_weight_tying:
             tie(draft, model)
@@ -232,28 +225,17 @@ class LoRA(Method):
         """(module path, parameter name) of what is trained in full: heads, and biases."""
         if self.bias == "none" and not self.modules_to_save:
             return []
-        kept = find_modules(model, self.modules_to_save or ())
-        found = []
-        for path, name in named_parameter_owners(model):
-            biased = name == "bias" and (self.bias == "all" or (self.bias == "lora_only" and path in adapted))
-            if biased or any(is_within(path, module) for module in kept):
-                found.append((path, name))
-        return found + _shared_heads(model, kept, found)
+        kept = kept_places(model, self.modules_to_save)
+        biases = [
+            (path, name)
+            for path, name in named_parameter_owners(model)
+            if name == "bias" and (self.bias == "all" or (self.bias == "lora_only" and path in adapted))
+        ]
+        return in_order(model, biases + kept)
 
 
 def _kind(model: nn.Module, path: str) -> LeafKind | None:
     return low_rank_kind(plain(type(model.get_submodule(path))))
-
-
-def _shared_heads(model: nn.Module, kept: Sequence[str], found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Parameters of a kept module that stand under another module's name first (a head tied to the embeddings)."""
-    extra = []
-    for module in kept:
-        for full, _ in model.get_submodule(module).named_parameters():
-            path, _, name = f"{module}.{full}".rpartition(".")
-            if (path, name) not in found and not is_adapters(model.get_submodule(path), name):
-                extra.append((path, name))
-    return extra
 
 
 def _check_rank(name: str, rank: Any) -> None:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lorakit.attach.anatomy import output_head
 from lorakit.attach.api import attach, count_parameters, detach, parameters
 from lorakit.attach.method import Method
 from lorakit.errors import LorakitError, TargetError, UsageError
+from lorakit.methods.kept import with_head
 from lorakit.methods.lora import LoRA
 from lorakit.models import CLASSIFIERS, parse_dtype
 from lorakit.plan.depth import DEEP, DEPTHS, blocks, continued, shortened
@@ -165,9 +166,10 @@ class _Planner:
             count = sum(tensor.numel() for tensor in base)
             yield _Sizes(base, count, 0, count, weights)
         else:
+            size = self._head_size(model)  # while there are no copies of it
             attach(model, self._filled(method, model), _NAME, dtype=self.adapter_dtype)
             own, counts = list(parameters(model, _NAME)), count_parameters(model)
-            head = min(self._head_size(model), counts.replaced)
+            head = min(size, counts.replaced)
             yield _Sizes(own, counts.trainable - head, head, counts.total - head, weights + _bytes(own))
             detach(model, _NAME)
         for parameter in model.parameters():
@@ -179,12 +181,9 @@ class _Planner:
 
     def _filled(self, method: Method, model: nn.Module) -> Method:
         """Short names spelt out; a classifier's new head trained in full, as `lorakit train` does."""
-        if not isinstance(method, LoRA):
-            return method
-        method, head = spelt_out(method, model), output_head(model)
-        if self.work.task in CLASSIFIERS and method.modules_to_save is None and head is not None:
-            method = replace(method, modules_to_save=[head])
-        return method
+        if isinstance(method, LoRA):
+            method = spelt_out(method, model)
+        return with_head(method, output_head(model)) if self.work.task in CLASSIFIERS else method
 
     def _traced(self, method: Method | str, sizes: _Sizes) -> Traced | None:
         """The step's memory and FLOPs; None, with a note, where the model cannot be followed."""
@@ -223,11 +222,13 @@ def _over(traced: Traced | None, full: Row | None) -> float | None:
 
 
 def _in_words(method: Method | str) -> str:
-    """ "LoRA r=4 on q, v"; another method by its class."""
+    """ "LoRA r=4 on q, v"; another method by its class and what of it is no default."""
     if not isinstance(method, Method):
         return "full fine-tuning"
     if not isinstance(method, LoRA):
-        return type(method).__name__
+        values = [(one.name, getattr(method, one.name), one.default) for one in fields(method)]  # type: ignore[arg-type]
+        said = [f"{key}={value}" for key, value, default in values if value != default and key != "modules_to_save"]
+        return " ".join([type(method).__name__, *said])
     where = method.target_modules
     return f"LoRA r={method.r} on {where if isinstance(where, str) else ', '.join(where)}"
 

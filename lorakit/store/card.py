@@ -36,6 +36,31 @@ def model_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor], extra: 
     return "\n".join(lines)
 
 
+def method_card(method: str, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> str:
+    """The same for a method that PEFT does not have. method: its class's name; extra: lorakit.json's content."""
+    base = extra.get("base_model")
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    head = ["---", "library_name: lorakit", "tags:", "- lorakit"]
+    head += [f"base_model: {base}"] if HUB_ID.fullmatch(str(base)) else []
+    metrics = _numbers(extra.get("metrics"))
+    lines = [
+        *head,
+        "---",
+        "",
+        f"# {method} for {base or 'a base model'}",
+        "",
+        f"{numbers:,} parameters, trained with lorakit; its settings are in lorakit.json.",
+        "",
+        *([f"Evaluation: {metrics}.", ""] if metrics else []),
+        "```python",
+        "import lorakit as lk",
+        'lk.load(model, "path/to/this/folder")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def _numbers(metrics: object) -> str:
     """ "accuracy 0.91, loss 0.2": the numbers of a run's metrics, whatever else a note of that name holds."""
     found = metrics.items() if isinstance(metrics, Mapping) else ()

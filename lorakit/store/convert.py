@@ -21,8 +21,11 @@ from lorakit.store.foreign.peft import Peft
 from lorakit.store.foreign.source import DIFFUSERS as DIFFUSERS_FILES
 from lorakit.store.foreign.source import Source, open_sources
 from lorakit.store.foreign.vllm import Vllm
+from lorakit.store.layout import Stored
+from lorakit.store.layouts import layout_of, read
 from lorakit.store.peft_config import CONFIG, parse_config
-from lorakit.store.read import AdapterFile, checked, locate, read_folder
+from lorakit.store.peft_lora import PeftLora
+from lorakit.store.read import AdapterFile, checked, locate
 
 FORMATS: dict[str, Format] = {one.name: one for one in (Peft(), Gguf(), Kohya(), Loralib(), Diffusers(), Vllm())}
 Model = str | Path | nn.Module | Mapping[str, nn.Module]
@@ -122,14 +125,14 @@ def read_parts(path: Path, **options: Any) -> tuple[str, dict[str, AdapterFile],
     return kinds, parts, [], numbers
 
 
-def read_source(path: Path, model: nn.Module, component: str | None) -> AdapterFile:
-    """An adapter for `model` in any format that a load may open: a PEFT folder, or another program's safetensors file.
+def read_source(path: Path, model: nn.Module, component: str | None) -> Stored:
+    """An adapter for `model` in any format that a load may open: an adapter's folder, or another program's safetensors file.
 
     Faults of a folder are collected; a foreign file that cannot be read raises FileError.
     """
     foreign = path if path.suffix == ".safetensors" and path.is_file() else path / DIFFUSERS_FILES[0]
     if not foreign.is_file() or (path / CONFIG).is_file():
-        return read_folder(path)
+        return read(path)
     config, tensors, _ = read_any(foreign, base={component: model} if component else model, component=component)
     config, method, faults = parse_config(json.dumps(config))
     return checked(AdapterFile(path, config, method, tensors, faults=faults))
@@ -148,6 +151,8 @@ def _options(
 
 def _read(path: Path, options: Options) -> tuple[list[Source], str, Bundle, list[str]]:
     """(sources, kind, adapters, notes), each adapter checked."""
+    if not isinstance(layout_of(path), PeftLora):
+        raise FileError(f"{path} is of {read(path).kind}: only LoRA has a place in other programs' files.")
     sources = open_sources(path)
     bundle: Bundle = {}
     notes: list[str] = []

@@ -21,17 +21,22 @@ ROUNDING = 2.0**-6  # how far a copy in half precision may stray from a value, r
 WIDENED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # types that torch.cat joins without loss
 
 
-def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says of the adapter itself: defaults left out (each version of PEFT writes others), sets in order."""
-    said = {key: value for key, value in config.items() if key not in NOT_IDENTITY and value != DEFAULTS.get(key)}
+def canonical(config: Mapping[str, Any], defaults: Mapping[str, Any] = DEFAULTS) -> dict[str, Any]:
+    """What a configuration says of the adapter itself: defaults left out (each version of PEFT writes others), sets in order.
+
+    defaults: of the method's fields; PEFT's for LoRA where they are not given.
+    """
+    said = {key: value for key, value in config.items() if key not in NOT_IDENTITY and value != defaults.get(key)}
     return {
         key: sorted(value, key=str) if key in SETS and isinstance(value, list) else value for key, value in said.items()
     }
 
 
-def content_hash(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def content_hash(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], defaults: Mapping[str, Any] = DEFAULTS
+) -> str:
     """ "sha256:..." of an adapter's canonical configuration and its tensors' names, types, shapes and bytes."""
-    digest = hashlib.sha256(json.dumps(canonical(config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(canonical(config, defaults), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())

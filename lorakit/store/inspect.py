@@ -9,9 +9,13 @@ from torch import Tensor
 
 from lorakit.methods.lora import LoRA
 from lorakit.store.convert import Model, read_parts
+from lorakit.store.layout import TENSORS, Stored
+from lorakit.store.layouts import layout_of, read
 from lorakit.store.peft_config import CONFIG
 from lorakit.store.peft_folder import Parsed
-from lorakit.store.read import TENSORS, AdapterFile, locate, read_folder
+from lorakit.store.peft_lora import PeftLora
+from lorakit.store.read import AdapterFile, locate
+from lorakit.store.several import Combined
 
 
 @dataclass(frozen=True)
@@ -53,24 +57,28 @@ def inspect(
 ) -> Inspection:
     """Read any adapter and tell its kind, base, modules, ranks, scaling, parameters, size, norms and faults.
 
-    source: a PEFT folder, a hub id, or another program's file (see lorakit.convert, also for the options). What a file
+    source: an adapter's folder, a hub id, or another program's file (see lorakit.convert, also for the options). What a file
     cannot tell without an option that is missing is a fault.
     """
     path = locate(source)
-    if (path / CONFIG).is_file() or not path.exists():
-        return _folder(str(source), read_folder(path))
+    if (path / CONFIG).is_file() or not path.exists() or not isinstance(layout_of(path), PeftLora):
+        return _stored(str(source), read(path))
     return _foreign(str(source), path, {"alpha": alpha, "enable_lora": enable_lora, "base": base})
 
 
-def _folder(source: str, found: AdapterFile) -> Inspection:
+def _stored(source: str, found: Stored) -> Inspection:
+    """A folder of any layout; of a combination the parts together."""
+    if isinstance(found, Combined):
+        return _combined(source, found)
     path = found.folder / TENSORS
+    lora = found if isinstance(found, AdapterFile) else None
     return Inspection(
         source=source,
-        kind=f"peft ({found.config.get('peft_type', 'unknown')})",
-        base=_text(found.config.get("base_model_name_or_path")),
+        kind=found.kind,
+        base=found.base(),
         identity=_text(found.extra.get("adapter")),
-        modules=() if found.faults or found.method is None else _modules(found.method, found.parsed),
-        replaced=(*found.parsed.plain, *found.parsed.tokens),
+        modules=() if lora is None or lora.method is None or found.faults else _modules(lora.method, lora.parsed),
+        replaced=(*found.replaced(), *(() if lora is None else lora.parsed.tokens)),
         parameters=sum(tensor.numel() for tensor in found.tensors.values()),
         bytes=path.stat().st_size if path.is_file() else 0,
         config={key: value for key, value in found.config.items() if value not in (None, {}, [], False)},
@@ -78,10 +86,26 @@ def _folder(source: str, found: AdapterFile) -> Inspection:
     )
 
 
+def _combined(source: str, found: Combined) -> Inspection:
+    parts = [_stored(source, part) for part in found.parts.values()]
+    return Inspection(
+        source=source,
+        kind=found.kind,
+        base=found.base(),
+        identity=_text(found.extra.get("adapter")),
+        modules=tuple(module for part in parts for module in part.modules),
+        replaced=tuple(dict.fromkeys(name for part in parts for name in part.replaced)),
+        parameters=sum(part.parameters for part in parts),
+        bytes=sum(part.bytes for part in parts),
+        config={name: part.config for name, part in zip(found.parts, parts, strict=True)},
+        faults=tuple(found.faults),
+    )
+
+
 def _foreign(source: str, path: Path, options: Mapping[str, Any]) -> Inspection:
     """An adapter of another program: what `convert` makes of it."""
     kind, parts, faults, numbers = read_parts(path, **options)
-    found = [(name, _folder(source, one)) for name, one in parts.items()]
+    found = [(name, _stored(source, one)) for name, one in parts.items()]
     names = [(f"{name}." if name else "", one) for name, one in found]
     return Inspection(
         source=source,

@@ -1,61 +1,70 @@
 """Reading an adapter folder: everything is checked, and every fault listed, before anything reaches a model."""
 
-import json
-import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.attach.anatomy import shared_with
 from lorakit.attach.method import Draft
 from lorakit.attach.targets import find_modules, matches
 from lorakit.errors import FileError, TargetError
 from lorakit.methods.lora import LoRA
-from lorakit.store.header import read_tensors
-from lorakit.store.identity import content_hash, fingerprint, same_base, short
+from lorakit.store.layout import (
+    EXTRA,
+    FORMAT,
+    TENSORS,
+    Stored,
+    base_faults,
+    hash_faults,
+    read_extra,
+    read_tensors_of,
+    value_faults,
+)
 from lorakit.store.peft_config import CONFIG, read_config
 from lorakit.store.peft_folder import BIAS, MAGNITUDE, Parsed, parse, to_draft
 
-TENSORS = "adapter_model.safetensors"
-EXTRA = "lorakit.json"
-FORMAT = 1  # of lorakit.json
-PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
+__all__ = ["EXTRA", "FORMAT", "TENSORS", "AdapterFile", "checked", "fit", "locate", "read_folder"]
+FILES = tuple(
+    f"{below}{file}" for below in ("", "*/") for file in (CONFIG, TENSORS, EXTRA)
+)  # a combination has subfolders
 
 
 @dataclass
-class AdapterFile:
-    """An adapter folder as read. extra: lorakit.json's content, {} where another program wrote the folder.
+class AdapterFile(Stored):
+    """A PEFT folder of LoRA as read. parsed: its tensors by what they are."""
 
-    method: what the configuration means, None where it is faulty.
-    """
-
-    folder: Path
-    config: dict[str, Any] = field(default_factory=dict)
     method: LoRA | None = None
-    tensors: dict[str, Tensor] = field(default_factory=dict)
     parsed: Parsed = field(default_factory=Parsed)
-    extra: dict[str, Any] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        return f"peft ({self.config.get('peft_type', 'unknown')})"
+
+    def replaced(self) -> Collection[str]:
+        return self.parsed.plain
 
 
 def read_folder(folder: Path) -> AdapterFile:
-    """Read and check a folder on its own (no model). Faults are collected, never raised."""
+    """Read and check a PEFT folder of LoRA on its own (no model). Faults are collected, never raised.
+
+    Folders of any method: lorakit.store.layouts.read.
+    """
     found = AdapterFile(folder)
     if not os.path.isdir(folder):
         found.faults.append(
             f"{folder} is {'a file' if os.path.exists(folder) else 'not there'}: expected an adapter folder"
         )
         return found
-    found.config, found.method, faults = read_config(folder)
-    found.faults += faults
-    found.extra, faults = _read_extra(folder)
-    found.faults += faults
-    found.tensors, faults = _read_tensors(folder)
+    found.extra, faults = read_extra(folder)
+    if not os.path.isfile(folder / CONFIG) and found.extra.get("method", LoRA.name) != LoRA.name:
+        found.faults.append(f"{EXTRA}: the method is {found.extra['method']!r}, where a LoRA adapter is expected")
+        return found
+    found.config, found.method, wrong = read_config(folder)
+    found.faults += wrong + faults
+    found.tensors, faults = read_tensors_of(folder)
     found.faults += faults
     return checked(found)
 
@@ -64,36 +73,8 @@ def checked(found: AdapterFile) -> AdapterFile:
     """`found` with its tensors sorted and searched for faults."""
     if found.tensors:
         found.parsed = parse(found.tensors)
-        found.faults += found.parsed.faults + _rank_faults(found) + _value_faults(found.tensors) + _hash_faults(found)
+        found.faults += found.parsed.faults + _rank_faults(found) + value_faults(found.tensors) + hash_faults(found)
     return found
-
-
-def _read_extra(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    path = folder / EXTRA
-    if not os.path.isfile(path):
-        return {}, []
-    try:
-        extra = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        return {}, [f"{EXTRA}: no JSON ({error})"]
-    if not isinstance(extra, dict):
-        return {}, [f"{EXTRA}: expected a JSON object"]
-    version = extra.get("format", FORMAT)
-    if not isinstance(version, int) or version > FORMAT:
-        return extra, [f"{EXTRA}: format {version!r}, and this lorakit reads up to {FORMAT}: install a newer one"]
-    return extra, []
-
-
-def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    path = folder / TENSORS
-    if os.path.isfile(path):
-        return read_tensors(path)
-    pickle = next((name for name in PICKLES if os.path.isfile(folder / name)), None)
-    if pickle is None:
-        return {}, [f"{TENSORS}: not there"]
-    return {}, [
-        f"{pickle}: a pickle, which can run code when it is opened: refused. Save it as {TENSORS} where it came from"
-    ]
 
 
 def _rank_faults(found: AdapterFile) -> list[str]:
@@ -125,50 +106,19 @@ def _beside_faults(parsed: Parsed, method: LoRA) -> list[str]:
     return faults
 
 
-def _value_faults(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Tensors with NaN or infinity. A type's tensors are searched in one go, and one by one only where that finds some."""
-    groups: dict[torch.dtype, list[str]] = {}
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
-            groups.setdefault(tensor.dtype, []).append(key)
-    bad: set[str] = set()
-    for keys in groups.values():
-        if not _finite(torch.cat([tensors[key].flatten() for key in keys])):
-            bad.update(key for key in keys if not _finite(tensors[key]))
-    return [f"{key}: holds values that are not finite (NaN or infinity)" for key in tensors if key in bad]
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether every value is finite. The smallest and the largest tell: a NaN among the values makes both NaN."""
-    if tensor.element_size() == 1:
-        tensor = tensor.float()  # 8-bit types have no arithmetic of their own
-    low, high = tensor.aminmax()
-    return math.isfinite(low.item()) and math.isfinite(high.item())
-
-
-def _hash_faults(found: AdapterFile) -> list[str]:
-    expected = found.extra.get("adapter")
-    if not expected or not found.config or content_hash(found.config, found.tensors) == expected:
-        return []
-    return [
-        f"{EXTRA} names the hash {expected}, which this content does not have: files of two adapters (a save cut off "
-        "half-way?), or changed by hand"
-    ]
-
-
 def fit(found: AdapterFile, model: nn.Module, *, check_base: bool) -> tuple[LoRA, Draft]:
     """The method and draft of a read folder on `model`. Raises FileError with every fault of the file and of the fit."""
     faults = list(found.faults)
     if found.method is not None and found.tensors:
-        method, draft, more = _on_model(found, found.method, model)
-        faults += more + (_base_faults(found, model) if check_base else [])
+        method, draft, more = on_model(found, found.method, model)
+        faults += more + (base_faults(found, model) if check_base else [])
         if not faults:
             return method, draft
     what = "cannot be loaded" if found.faults else f"does not fit this {type(model).__name__}"
     raise FileError(f"the adapter in {found.folder} {what}:", faults)
 
 
-def _on_model(found: AdapterFile, method: LoRA, model: nn.Module) -> tuple[LoRA, Draft, list[str]]:
+def on_model(found: AdapterFile, method: LoRA, model: nn.Module) -> tuple[LoRA, Draft, list[str]]:
     modules = dict(model.named_modules())
     method = _for_model(method, found.parsed, modules)
     draft, faults = to_draft(found.parsed, method, model)
@@ -235,19 +185,6 @@ def _under_another_name(name: str, parsed: Parsed, model: nn.Module) -> bool:
     return any(other in parsed.plain for other in shared_with(model, path, parameter))
 
 
-def _base_faults(found: AdapterFile, model: nn.Module) -> list[str]:
-    expected = found.extra.get("base")
-    came = fingerprint(model, found.parsed.plain) if expected else None
-    if came is None or same_base(came, expected):
-        return []
-    name = found.config.get("base_model_name_or_path") or "unnamed"
-    how = "values" if short(came) == short(expected) else "names or shapes"
-    return [
-        f"it was trained on another base ({name}): its parameters have other {how} than this model's. Load that base, or pass "
-        "check_base=False if you know better"
-    ]
-
-
 def locate(source: str | Path) -> Path:
     """The local folder of an adapter: itself, or a download of a hub id ("owner/name"). Raises FileError."""
     try:
@@ -261,7 +198,12 @@ def locate(source: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, TENSORS, EXTRA]))
+        return Path(
+            snapshot_download(
+                str(source),
+                allow_patterns=list(FILES),
+            )
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileError(

@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from lorakit.errors import FileError
-from lorakit.store.read import fit, locate, read_folder
+from lorakit.store.layouts import fit, read
+from lorakit.store.read import locate
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ def verify(source: str | Path, model: nn.Module | None = None, *, check_base: bo
     Nothing is attached and nothing of the file is executed.
     """
     try:
-        found = read_folder(locate(source))
+        found = read(locate(source))
         if model is not None:
             fit(found, model, check_base=check_base)
         faults = found.faults

@@ -2,10 +2,11 @@
 
 import pytest
 import tiny
-from store_kit import CONFIG, EXTRA, TENSORS, good, refused
+from store_kit import good, refused
 
 import lorakit as lk
 from lorakit.errors import FileError
+from lorakit.store.read import FILES
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_a_hub_id_is_fetched_and_loaded(hub, tmp_path):
     model = tiny.gpt2()
     lk.load(model, "someone/adapter")
     assert lk.adapters(model)["default"].active
-    assert hub.asked == ("someone/adapter", {"allow_patterns": [CONFIG, TENSORS, EXTRA]})
+    assert hub.asked == ("someone/adapter", {"allow_patterns": list(FILES)})
     assert lk.verify("someone/adapter").ok
     assert lk.inspect("someone/adapter").parameters
 

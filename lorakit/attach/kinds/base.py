@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.attach.kinds.mixed import mixed, refuse_gradients
 from lorakit.attach.site import LowRank, Site, Slot, this_thread
+from lorakit.core.batched import Steps
 from lorakit.core.delta import guarded, output_norms, wide
 
 Call = Callable[..., Any]
@@ -18,6 +20,7 @@ class LeafKind(ABC):
 
     a_name = "lora_A"
     b_name = "lora_Bt"
+    mixes = False  # whether stacks of several adapters' pairs are computed here (see lorakit.core.batched)
     zero = "B"  # the factor that starts at zero, so that a fresh adapter changes nothing
 
     @abstractmethod
@@ -119,6 +122,10 @@ class LeafKind(ABC):
         """
         raise TypeError(f"{type(leaf).__name__} has no rows of tokens")
 
+    def add_mixed(self, leaf: nn.Module, y: Tensor, x: Tensor, stack: Any, steps: Steps) -> None:
+        """Add to y (tokens, ...), in place, what each token's adapter adds. stack: this kind's, a Stack or Tables."""
+        raise TypeError(f"{type(leaf).__name__} takes no stack of adapters")
+
     def merged_weight(self, leaf: nn.Module, slots: tuple[Slot, ...], weight: Tensor) -> Tensor:
         """The weight with the active adapters' updates, added in float32. weight: the base's, or what replaces it."""
         dtype = wide(weight.dtype)
@@ -164,6 +171,13 @@ class LeafKind(ABC):
 
     def _routed(self, leaf: nn.Module, site: Site, call: Call, x: Tensor) -> Tensor:
         """Rows take different adapters: the base once for all, then each adapter's update on its own rows."""
+        if not torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
+                refuse_gradients(site)
+            else:
+                out = mixed(self, leaf, site, call, x)
+                if out is not None:
+                    return out
         lead = x.dim() - self.row_width(x)
         flat = x.reshape(-1, *x.shape[lead:])
         route = site.route

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lorakit.attach.kinds.base import Call, LeafKind
 from lorakit.attach.site import Site, Slot
+from lorakit.core.batched import Steps
 from lorakit.core.delta import low_rank_lookup
 
 
@@ -14,6 +15,7 @@ class EmbeddingKind(LeafKind):
     """See the module. padding_idx, max_norm and a factor on what is looked up (Gemma, BART) act as in the merged layer."""
 
     a_name = "lora_At"
+    mixes = True
     zero = "A"
 
     def shape(self, leaf: nn.Module) -> tuple[int, int]:
@@ -58,6 +60,13 @@ class EmbeddingKind(LeafKind):
             base = self._scaled(leaf, leaf._parameters["weight"].to(y.dtype)[x])  # type: ignore[union-attr]
             own = y + strength * (own - base)
         return torch.where(hit, own, y)
+
+    def add_mixed(self, leaf: nn.Module, y: Tensor, x: Tensor, stack: Any, steps: Steps) -> None:
+        for start, end, adapter in steps.runs:
+            if adapter in stack.gains:
+                y[start:end] *= stack.gains[adapter].to(y.dtype)
+            delta = self.product(leaf, x[start:end], *stack.pairs[adapter]) * stack.spans[adapter].scale
+            y[start:end] += delta.to(y.dtype)
 
     def forward(self, leaf: nn.Module, site: Site, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """With max_norm the base is looked up as it is, and the sum is shortened, as the merged layer would."""

@@ -9,6 +9,7 @@ from lorakit.attach.kinds.base import Call, LeafKind
 from lorakit.attach.site import LowRank, Site
 from lorakit.core import kernels
 from lorakit.core.autograd import LowRankLinear
+from lorakit.core.batched import Steps, add_batched_
 from lorakit.core.delta import add_low_rank_, delta_weight, low_rank
 from lorakit.core.grouped import Layer, Pair, grouped_linear, stretches
 from lorakit.core.siblings import Member, low_rank_siblings
@@ -18,6 +19,7 @@ class LinearKind(LeafKind):
     """nn.Linear: weight (out, in)."""
 
     transposed = False
+    mixes = True
 
     def shape(self, leaf: nn.Module) -> tuple[int, int]:
         return leaf.in_features, leaf.out_features  # type: ignore[return-value]  # a packed (quantised) weight has other sides
@@ -51,6 +53,9 @@ class LinearKind(LeafKind):
             base: Tensor = leaf._parameters["weight"][indices]  # type: ignore[index]
             own = y[..., indices] + strength * nn.functional.linear(x, (rows - base).to(x.dtype)).to(y.dtype)
         return y.index_copy(-1, indices, own)
+
+    def add_mixed(self, leaf: nn.Module, y: Tensor, x: Tensor, stack: Any, steps: Steps) -> None:
+        add_batched_(y, x, stack, steps, leaf.bias)  # type: ignore[arg-type]
 
     def forward(self, leaf: nn.Module, site: Site, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         low = self.only_pair(site)
@@ -116,6 +121,17 @@ class LinearKind(LeafKind):
         if found is None:
             return super()._routed(leaf, site, call, x)
         spans, layer = found
+        group = site.group
+        if group is not None and group.whole:
+            y = group.taken(leaf, x)
+            if y is not None:
+                return y  # type: ignore[no-any-return]
+            own = {id(one): self._stretches(one, other, x) for one, other in group.members if other.route is site.route}
+            here = [(one, own[id(one)]) for one, _ in group.members if own.get(id(one)) is not None]
+            if group.whole and len(here) > 1 and any(one is leaf for one, _ in here):
+                layers = [part[1] for _, part in here if part is not None]
+                outputs = grouped_linear(x, spans, layers, site.mark, site.epoch)
+                return group.keep(leaf, x, [one for one, _ in here], outputs)  # type: ignore[no-any-return]
         return grouped_linear(x, spans, [layer], site.mark, site.epoch)[0]
 
     def _stretches(self, leaf: nn.Module, site: Site, x: Tensor) -> tuple[list[tuple[int, int]], Layer] | None:
@@ -177,6 +193,8 @@ class Conv1DKind(LinearKind):
 
 class RowKind(LinearKind):
     """A layer that treats each row alone and takes no low-rank update, only replaced parameters (LayerNorm)."""
+
+    mixes = False
 
     def shape(self, leaf: nn.Module) -> tuple[int, int]:
         raise TypeError("a normalisation layer has no low-rank update")
