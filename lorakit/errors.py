@@ -9,6 +9,13 @@
     ├── ModelError       a base model that cannot be found, fetched or trusted
     ├── DataError        a data set, or one row of it; `.source`, `.line` and `.field` say where
     ├── TrainingError    a run that cannot go on (a loss that is not a number, say)
+    ├── ServeError       a request that a serving engine does not take, or cannot finish
+    │   ├── UnknownAdapterError   no adapter of that name or version is known (HTTP 404)
+    │   ├── AdapterLoadingError   it is still loading; `.retry_after` says when to ask again (503)
+    │   ├── QueueFullError        as many requests as the limits allow (429 or 503, `.retry_after`)
+    │   ├── TooLongError          more tokens than the limits or the model allow (400)
+    │   ├── TimedOutError         not done in the time that the limits give (504)
+    │   └── WrongKindError        a request that this base or adapter does not answer (400)
     └── OutputError      a place to write that is taken, full or not writable
 
 The command line prints these as one message with exit code 1 and no traceback (2 is for a wrong command line). Anything
@@ -76,3 +83,39 @@ class TrainingError(LorakitError):
 
 class OutputError(LorakitError):
     """A place to write that is taken, full or not writable."""
+
+
+class ServeError(LorakitError):
+    """A request that a serving engine does not take, or cannot finish."""
+
+
+class UnknownAdapterError(ServeError):
+    """No adapter of that name or version is known."""
+
+
+class AdapterLoadingError(ServeError):
+    """The adapter is still loading. `retry_after`: seconds after which to ask again."""
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class QueueFullError(ServeError):
+    """As many requests wait and run as the limits allow. `retry_after`: seconds after which to ask again."""
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class TooLongError(ServeError):
+    """More tokens than the limits or the model allow."""
+
+
+class TimedOutError(ServeError):
+    """Not done in the time that the limits give."""
+
+
+class WrongKindError(ServeError):
+    """A request that this base, or this adapter, does not answer; the message says what it can do."""

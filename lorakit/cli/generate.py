@@ -36,6 +36,10 @@ def run(
     batch_size: Annotated[int | None, typer.Option(help="Prompts answered at once.")] = None,
     seed: Annotated[int | None, typer.Option(help="With --sample.")] = None,
     limit: Annotated[int | None, typer.Option(help="Answer so many prompts of the file.")] = None,
+    adapter_column: Annotated[
+        str | None, typer.Option(help="The file's column that names each row's adapter; with --adapters.")
+    ] = None,
+    adapters: Annotated[Path | None, typer.Option(help="The folder of adapters (a server's registry).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print prompts and answers as JSON.")] = False,
 ) -> None:
     """How to decode is what the run's recipe says, else greedy; options here come first.
@@ -60,12 +64,32 @@ def run(
     recipe = recipe_of_run(source) if source else None
     base = recipe.generate if recipe else GenerateConfig()
     config = replace(base, **{name: value for name, value in given.items() if value is not None})
-    subject = open_subject(source, model=model)
-    with bar("answering") as update:
-        rows = answer(subject, prompt or prompts or [], config, format=format, limit=limit, progress=update)
+    rows: list[dict[str, Any]]
+    if adapter_column is not None or adapters is not None:
+        if adapter_column is None or adapters is None or prompts is None or model is None or source is not None:
+            raise UsageError("rows that name their adapters take --adapter-column, --adapters, --prompts and --model.")
+        if batch_size is not None:
+            raise UsageError("--batch-size does not go with --adapter-column: requests share batches as they come.")
+        rows = _by_column(model, adapters, prompts, adapter_column, config, format, limit)
+    else:
+        subject = open_subject(source, model=model)
+        with bar("answering") as update:
+            rows = list(answer(subject, prompt or prompts or [], config, format=format, limit=limit, progress=update))
     if out is not None:
         write_predictions(out, rows)
     if as_json:
         print_json(rows)
     elif out is None:
         typer.echo("\n".join(row["answer"] for row in rows))
+
+
+def _by_column(
+    model: str, adapters: Path, prompts: Path, column: str, config: GenerateConfig, format: str, limit: int | None
+) -> list[dict[str, Any]]:
+    """Each row answered by the adapter that it names, all in one go."""
+    from lorakit.run.device import best_device
+    from lorakit.serve.column import answer_by_column
+    from lorakit.serve.server import Server, ServerConfig
+
+    with Server(model, adapters, ServerConfig(device=best_device(), warm=False)) as server:
+        return list(answer_by_column(server, prompts, column, config, format=format, limit=limit))

@@ -1,0 +1,244 @@
+"""Many adapters in transformers' continuous batching. Import it lazily: it needs transformers at once, for its base classes.
+
+No documented extension point: tested with transformers 5.23; tests/serve/test_serve_engine.py fails loudly where it changes.
+What is added to each part: the scheduler brings adapters to the device, in fair order, and puts requests of one adapter
+side by side; blocks of the key-value cache are shared within one adapter version alone; the plan of a step's tokens is set
+right before its forward; each request samples for itself.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+
+from lorakit.core.batched import Plan
+from lorakit.core.route import Live
+from lorakit.serve.bank import Bank
+from lorakit.serve.limits import Limits
+from lorakit.serve.merging import Merging
+from lorakit.serve.sample import next_tokens
+from lorakit.serve.turns import Turns
+from lorakit.serve.work import Work
+
+NAME = "lorakit"
+PATIENCE = 2.0  # seconds after which a request that finds no place on the device lets no other overtake it
+
+
+class Desk(Protocol):
+    """What the batch asks of the engine. All are called in the batch's own thread."""
+
+    works: dict[str, Work]
+
+    def told(self, work: Work, output: GenerationOutput) -> None: ...
+    def dropped(self, work: Work) -> None: ...
+    def expired(self, work: Work) -> None: ...
+
+
+class AdapterScheduler(FIFOScheduler):
+    """First come, first served, but an adapter with many requests takes turns with the others."""
+
+    desk: Desk
+    bank: Bank
+    turns: Turns
+    batch: list[FutureRequestState]
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
+        for work in [work for work in list(self.desk.works.values()) if work.late]:
+            self.desk.expired(work)
+        with self.turns:  # adapters come to their places: no forward of another thread may run
+            scheduled, *rest = super().schedule_batch(token_budget, cache_budget)
+            self._note()
+        if scheduled:
+            scheduled.sort(key=lambda future: self._adapter(future.state))
+            self.batch = scheduled
+        return (scheduled, *rest)
+
+    def _note(self) -> None:
+        """Tell the bank whose rows must stay where they are."""
+        self.bank.places.running[NAME] = frozenset(self._adapter(one) for one in self.active_requests.values())
+
+    def finish_request(self, request_id: str) -> None:
+        super().finish_request(request_id)
+        self._note()
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        states = super().clear_cancelled_requests()
+        self._note()
+        for state in states:
+            work = self.desk.works.get(state.request_id)
+            if work is not None:
+                self.desk.dropped(work)
+        return states
+
+    def _adapter(self, state: RequestState) -> int:
+        return self.desk.works[state.request_id].adapter
+
+    def _get_waiting_candidates(self) -> list[RequestState]:
+        """The waiting requests that may run now, those of adapters with the fewest running ones first."""
+        running = [self._adapter(state) for state in self.active_requests.values()]
+        share, active = Counter(running), set(running)
+        keyed = []
+        for arrival, state in enumerate(super()._get_waiting_candidates()):
+            adapter = self._adapter(state)
+            keyed.append((share[adapter], arrival, state))
+            share[adapter] += 1
+        chosen: list[RequestState] = []
+        for _, _, state in sorted(keyed, key=lambda one: one[:2])[: self.max_requests_per_batch - len(running)]:
+            work = self.desk.works[state.request_id]
+            if work.version is None or self.bank.place(work.version, active):
+                active.add(work.adapter)
+                chosen.append(state)
+            elif work.handle.waited > PATIENCE:
+                break
+        return chosen
+
+
+class Router(OutputRouter):
+    """Outputs go to the engine, in the thread that makes them."""
+
+    def __init__(self, desk: Desk) -> None:
+        super().__init__()
+        self.desk = desk
+
+    def deliver(self, output: GenerationOutput) -> None:
+        work = self.desk.works.get(output.request_id)
+        if work is not None:
+            self.desk.told(work, output)
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        for output in outputs:
+            self.deliver(output)
+
+
+class AdapterBatch(ContinuousBatchingManager):
+    """The continuous batch of one model."""
+
+    def __init__(
+        self,
+        model: Any,
+        desk: Desk,
+        bank: Bank,
+        limits: Limits,
+        ends: list[int],
+        turns: Turns,
+        merging: Merging,
+        *,
+        strict: bool,
+    ) -> None:
+        SCHEDULER_MAPPING.setdefault(NAME, AdapterScheduler)
+        pages = -(-limits.cache_tokens // limits.page_tokens)
+        config = ContinuousBatchingConfig(
+            page_size=limits.page_tokens,
+            num_blocks=pages,
+            max_batch_tokens=max(limits.step_tokens, limits.running),
+            max_requests_per_batch=limits.running,
+            max_blocks_per_request=0,
+            use_async_batching=False,
+            use_cuda_graph=False,
+            scheduler_type=NAME,
+            auto_switch_to_flash=False,
+        )
+        settings = GenerationConfig(do_sample=False, max_new_tokens=limits.new_tokens, eos_token_id=ends or None)
+        super().__init__(model, settings, config)
+        self.desk, self.bank, self.turns, self.merging, self.strict = desk, bank, turns, merging, strict
+        self.output_router = Router(desk)
+        self.steps = 0
+        self.mix = (0, 0)  # requests and adapters of the last step
+
+    def submit(self, work: Work) -> None:
+        """Queue a request whose adapter is held."""
+        ends: list[int] = [-1] if work.params.ignore_eos else sorted(work.ends)
+        self.add_request(
+            work.prompt,
+            request_id=work.id,
+            max_new_tokens=work.params.max_new_tokens,
+            streaming=True,
+            eos_token_id=ends or [-1],
+        )
+
+    def start(self) -> None:
+        """Begin. transformers seeds torch's global generators on the way: that is undone, for they are the program's."""
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self.batch_processor = self._create_batch_processor()
+        super().start()
+
+    def _create_batch_processor(self) -> Any:
+        if self.batch_processor is not None:
+            return super()._create_batch_processor()
+        processor = super()._create_batch_processor()
+        scheduler: Any = processor.scheduler
+        scheduler.desk, scheduler.bank, scheduler.turns, scheduler.batch = self.desk, self.bank, self.turns, []
+        _salt(processor.cache, self.desk)
+        processor.model_runner._sample = self._sample
+        return processor
+
+    def _generation_step(self) -> None:
+        batch: list[FutureRequestState] = self.batch_processor.scheduler.batch  # type: ignore[union-attr]
+        works = [self.desk.works[future.state.request_id] for future in batch]
+        self.mix = len(works), len({work.adapter for work in works})
+        with self.turns:
+            self._set(self.bank.live, batch, works)
+            super()._generation_step()
+        self.steps += 1
+
+    def _set(self, live: Live, batch: list[FutureRequestState], works: list[Work]) -> None:
+        if self.merging.covers({work.version for work in works}) or all(work.version is None for work in works):
+            live.pack(None, None)
+            return
+        both = list(zip(works, batch, strict=True))
+        plan = Plan([(work.adapter, future.query_length) for work, future in both], strict=self.strict)
+        if not self.batch_processor.model_runner.supports_logits_to_keep(self.model):  # type: ignore[union-attr]
+            live.pack(plan, None)
+            return
+        kept = [(work.adapter, 1) for work, future in both if future.has_new_token]
+        rest = [(-1, 1)] * (len(batch) - len(kept))  # transformers fills up with tokens that no one looks at
+        live.pack(plan, Plan([*kept, *rest], strict=self.strict))
+
+    def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
+        """The next token of each request of the step that ends its prompt or goes on. scores: (1, n, vocabulary)."""
+        batch: list[FutureRequestState] = self.batch_processor.scheduler.batch  # type: ignore[union-attr]
+        works = [self.desk.works[future.state.request_id] for future in batch if future.has_new_token]
+        rows = scores[0, : len(works)]
+        tokens = next_tokens(rows, [work.params for work in works], [work.generator for work in works])
+        output_ids[0, : len(works)].copy_(tokens)
+
+
+def _salt(cache: Any, desk: Desk) -> None:
+    """Have the cache tell prefixes of one adapter version from those of all others.
+
+    A block's hash chains to its first one's, so it is enough that a version's first token reads as a number of its own.
+    """
+    numbers: dict[tuple[int, int], int] = {}
+    search: Callable[[str, list[int]], int] = cache.search_prefix_match
+
+    def salted(request_id: str, tokens: list[int]) -> list[int]:
+        adapter = desk.works[request_id].adapter
+        if adapter < 0 or not tokens:
+            return tokens
+        number = numbers.setdefault((adapter, tokens[0]), -2 - len(numbers))  # no token's id; -1 is transformers' own
+        return [number, *tokens[1:]]
+
+    def search_prefix_match(request_id: str, prompt_ids: list[int]) -> int:
+        return search(request_id, salted(request_id, prompt_ids))
+
+    def mark_complete_blocks(state: RequestState, complete_blocks: dict[str, int]) -> None:
+        if not cache.allow_block_sharing or not complete_blocks or state.request_id not in desk.works:
+            return
+        tokens = salted(state.request_id, state.initial_tokens + state.generated_tokens)
+        for name, count in complete_blocks.items():
+            cache.cache_allocators[name].mark_complete_blocks(state.request_id, tokens, count)
+
+    cache.search_prefix_match = search_prefix_match
+    cache.mark_complete_blocks = mark_complete_blocks
+
+
+def check_batch(batch: AdapterBatch) -> str | None:
+    """Why the batch takes no more requests; None where it does."""
+    return batch.background_thread_status.can_accept_new_requests()

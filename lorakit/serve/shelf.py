@@ -1,0 +1,233 @@
+"""The adapters of one server: what a name means now, loaded; publishing, rolling back, taking out of service."""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from lorakit.errors import AdapterLoadingError, UnknownAdapterError, UsageError
+from lorakit.serve.bank import Bank, Version
+from lorakit.serve.names import is_name, shown
+from lorakit.serve.registry import Registry, Release
+from lorakit.serve.residents import Residents
+
+log = logging.getLogger("lorakit.serve")
+T = TypeVar("T")
+RETRIES = 3
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """A name of the registry. state: "ready", "loading", "absent" (loads with its first request), "refused" or "unloaded".
+
+    tier: "disk", "memory" or "device", None where it is not loaded. served: requests since the start. reason: why it was refused.
+    """
+
+    name: str
+    hash: str
+    state: str
+    rank: int | None
+    bytes: int | None
+    task: str | None
+    tier: str | None
+    pinned: bool
+    served: int
+    versions: tuple[str, ...]
+    aliases: tuple[str, ...]
+    reason: str | None
+
+
+class Shelf:
+    """A registry over a bank. Its methods may be called from any thread.
+
+    model_name: what requests call the base. warm: load every adapter in service now, in the background.
+    """
+
+    def __init__(self, registry: Registry, bank: Bank, model_name: str, *, warm: bool) -> None:
+        self.registry, self.bank, self.model_name = registry, bank, model_name
+        self.residents = Residents(bank)
+        self.warmed = not warm
+        self._served: Counter[str] = Counter()
+        self._served_lock = threading.Lock()
+        for name, reason in registry.refused.items():
+            log.warning("the adapter in %s was not taken in: %s", ascii(name), ascii(reason))
+        if warm:
+            self.residents.warm(self._to_warm(), self._end_warming)
+
+    # -- what a name means
+
+    def find(self, reference: str | None, *, wait: bool) -> Version | None:
+        """The bank's version of "name", "name@hash" or an alias; None for the base (None, or its name).
+
+        wait: for its load; else AdapterLoadingError is raised while it loads. Raises UnknownAdapterError, and FileError for
+        an adapter that was refused.
+        """
+        if reference is None or reference == self.model_name:
+            return None
+        release = self.registry.resolve(reference)
+        return self.residents.wait(release) if wait else self.residents.get(release)
+
+    def name_of(self, reference: str | None) -> str | None:
+        """The adapter's own name; None for the base."""
+        return None if reference in (None, self.model_name) else self.registry.resolve(str(reference)).name
+
+    def with_version(
+        self, reference: str | None, call: Callable[[Version | None], T], *, wait: bool
+    ) -> tuple[str | None, Version | None, T]:
+        """(name, version, what `call` gives for it). Looked up again where the version was let go of in between."""
+        for _ in range(RETRIES):
+            name = self.name_of(reference)
+            version = self.find(reference, wait=wait)
+            try:
+                return name, version, call(version)
+            except UnknownAdapterError:
+                continue
+        raise AdapterLoadingError(f"adapter {shown(reference)} changes too fast: ask again in a moment.")
+
+    def count(self, version: Version | None, requests: int = 1) -> None:
+        """Note requests that an adapter has taken."""
+        if version is not None:
+            with self._served_lock:
+                self._served[version.hash] += requests
+
+    # -- the adapters
+
+    def publish(self, name: str, folder: str | Path) -> str:
+        """Take an adapter's or a run's folder in as a new version of `name`; returns its hash.
+
+        It is loaded before the name leads to it, so nothing that does not fit is admitted and no request waits; requests
+        that run finish on the version before. Raises FileError, UsageError, OutputError.
+        """
+        self._check_free(name)
+        return self._changed(self.registry.publish(name, folder, self._bring))
+
+    def publish_loose(self, name: str, folder: str) -> str:
+        """The same of a folder that lies in the registry's own, by its name."""
+        self._check_free(name)
+        return self._changed(self.registry.publish_loose(name, folder, self._bring))
+
+    def roll_back(self, name: str, version: str | None = None) -> str:
+        """Let `name` answer with the version before the current one, or with the given one (its hash); returns its hash."""
+        return self._changed(self.registry.roll_back(name, version))
+
+    def unload(self, name: str) -> None:
+        """Take a name out of service, for good; requests that run finish."""
+        self.registry.put_in_service(name, False)
+        self._tidy()
+
+    def load(self, name: str) -> str:
+        """Put a name into service again, loaded; returns its hash."""
+        self.registry.put_in_service(name, True)
+        return self._changed(self.registry.resolve(name))
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Keep a name's current version, and those to come, on the device (or no more)."""
+        self.registry.pin(name, pinned)
+        version = self.find(name, wait=True)
+        if version is not None:
+            (self.bank.pin if pinned else self.bank.unpin)(version)
+
+    def alias(self, alias: str, target: str) -> None:
+        """Let `alias` stand for a name, or for one version of it ("name@hash")."""
+        self._check_free(alias)
+        self.registry.alias(alias, target)
+        self._tidy()
+
+    def drop_alias(self, alias: str) -> None:
+        self.registry.drop_alias(alias)
+        self._tidy()
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Every name of the registry."""
+        resident = {one.version.hash: one for one in self.bank.resident()}
+        aliases = self.registry.aliases()
+        found = []
+        for name, entry in self.registry.entries().items():
+            digest = f"sha256:{entry.current}"
+            one = resident.get(digest)
+            found.append(
+                AdapterInfo(
+                    name=name,
+                    hash=digest,
+                    state=self.residents.presence(digest) if entry.loaded else "unloaded",
+                    rank=one.version.rank if one else None,
+                    bytes=one.version.bytes if one else None,
+                    task=one.version.task if one else None,
+                    tier=one.tier if one else None,
+                    pinned=entry.pinned,
+                    served=self._served[digest],
+                    versions=tuple(f"sha256:{version}" for version in entry.versions),
+                    aliases=tuple(alias for alias, target in aliases.items() if target.partition("@")[0] == name),
+                    reason=self.residents.reason(digest),
+                )
+            )
+        return found
+
+    def in_service(self) -> list[tuple[str, Release, float]]:
+        """(name or alias, what answers for it, when that was published) of all that requests may name."""
+        entries = self.registry.entries()
+        found = []
+        for name in sorted({*entries, *self.registry.aliases()}):
+            try:
+                release = self.registry.resolve(name)
+            except UnknownAdapterError:
+                continue  # out of service
+            digits = release.folder.name
+            times = [event.at for event in entries[release.name].history if event.version == digits]
+            found.append((name, release, times[-1] if times else 0.0))
+        return found
+
+    def close(self) -> None:
+        """End loading."""
+        self.residents.close()
+
+    # -- inside
+
+    def _check_free(self, name: str) -> None:
+        if name == self.model_name and is_name(name):
+            raise UsageError(f"{name!r} is the base's own name: requests for it would not reach the adapter.")
+
+    def _bring(self, release: Release) -> None:
+        self.residents.again(release)
+
+    def _changed(self, release: Release) -> str:
+        """After a name's version changed: have it loaded and pinned as the one before, let go of what nothing leads to."""
+        version = self.residents.again(release)
+        if self.registry.entries()[release.name].pinned:
+            self.bank.pin(version)
+        self._tidy()
+        return release.hash
+
+    def _tidy(self) -> None:
+        """Keep what a name or an alias leads to, and the version before each: rolling back is then immediate."""
+        kept: set[str] = set()
+        for entry in self.registry.entries().values():
+            at = entry.versions.index(entry.current)
+            kept |= set(entry.versions[max(0, at - 1) : at + 1]) if entry.loaded else set()
+        for alias in self.registry.aliases():
+            try:
+                kept.add(self.registry.resolve(alias).hash.removeprefix("sha256:"))
+            except UnknownAdapterError:
+                continue  # its name is out of service
+        self.residents.keep({f"sha256:{digits}" for digits in kept})
+
+    def _to_warm(self) -> list[Release]:
+        """What names lead to, pinned ones first."""
+        entries = self.registry.entries().items()
+        order = sorted(
+            ((not entry.pinned, name, entry) for name, entry in entries if entry.loaded), key=lambda one: one[:2]
+        )
+        return [self.registry.version(name, entry.current) for _, name, entry in order]
+
+    def _end_warming(self) -> None:
+        for name, entry in self.registry.entries().items():
+            version = self.residents.found(f"sha256:{entry.current}")
+            if entry.pinned and version is not None:
+                self.bank.pin(version)
+            reason = self.residents.reason(f"sha256:{entry.current}")
+            if reason is not None:
+                log.warning("adapter %s was refused: %s", name, ascii(reason))
+        self.warmed = True

@@ -1,0 +1,120 @@
+"""An adapter's folder, read and checked wholly, as rows for a bank. Nothing of the model is changed."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorakit.attach.method import Draft
+from lorakit.errors import FileError
+from lorakit.serve.heads import classes_of, head_path, skeleton
+from lorakit.serve.rows import Rows, to_rows
+from lorakit.store.identity import fingerprint, same_base
+from lorakit.store.layout import TENSORS, Stored, base_faults
+from lorakit.store.layouts import fit, read
+from lorakit.store.read import AdapterFile
+
+HEADER = 1 << 20  # bytes that a file may have beside its tensors' values
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a folder holds. task: PEFT's task_type; labels: names of its own head's classes."""
+
+    rows: Rows
+    hash: str
+    task: str | None
+    labels: tuple[str, ...] | None
+
+
+class AsGiven(nn.Module):
+    """A model's parameters as it came, whatever stands in their place now: what a fingerprint is taken of."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["own"] = dict(model.named_parameters())
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.__dict__["own"].items()
+
+
+class Base:
+    """A model that is not changed any more, and what loads ask of it again and again."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.aside: dict[str, Any] = {}  # the own weights of layers whose adapter is merged (lorakit.serve.merging)
+        self._known: dict[frozenset[str], str | None] = {}
+        self._given = AsGiven(model)
+
+    def own(self) -> dict[str, Any]:
+        """The modules, those that are merged as they are without it."""
+        aside = dict(self.aside)
+        return self.modules | {path: _with_weight(self.modules[path], weight) for path, weight in aside.items()}
+
+    def is_of(self, found: Stored) -> bool:
+        """Whether a file says that it is of this base."""
+        without = frozenset(found.replaced())
+        if without not in self._known:
+            self._known[without] = fingerprint(self._given, without)
+        return same_base(self._known[without], found.extra.get("base"))
+
+
+def _with_weight(leaf: Any, weight: Any) -> Any:
+    stand_in = copy.copy(leaf)
+    stand_in._parameters = leaf._parameters | {"weight": weight}
+    return stand_in
+
+
+def take(folder: Path, base: Base, *, check_base: bool, most: int) -> Taken:
+    """Read an adapter for a base. most: bytes that its tensors may take.
+
+    Raises FileError with every fault, UsageError where rows of one batch cannot take it.
+    """
+    path = folder / TENSORS
+    size = path.stat().st_size if path.is_file() else 0
+    if size > most + HEADER:
+        raise FileError(
+            f"the adapter in {folder} is refused:", [f"{TENSORS} has {size:,} bytes, and {most:,} are allowed"]
+        )
+    model, found = base.model, read(folder)
+    check_base = check_base and not base.is_of(found)  # else to say in which way it is another's
+    classes = classes_of(model, found.parsed.plain) if isinstance(found, AdapterFile) else None
+    if classes is None or classes == model.config.num_labels:
+        _, draft = fit(found, model, check_base=check_base)
+    else:  # a head for other classes than the base's: all else must fit, and the base be the one it was trained on
+        found.faults = [*found.faults, *(base_faults(found, model) if check_base else [])]
+        _, draft = fit(found, skeleton(model, classes), check_base=False)
+    head = {} if classes is None else _head(draft, head_path(model) or "")
+    task = found.config.get("task_type")
+    labels = None if classes is None else _labels(found, model, classes)
+    return Taken(to_rows(draft, base.own(), head), _hash(found), task if isinstance(task, str) else None, labels)
+
+
+def _head(draft: Draft, path: str) -> dict[str, Tensor]:
+    """The tensors of the adapter's own head, by their names in it, taken out of the draft."""
+    own: dict[str, Tensor] = {}
+    for place in [place for place in draft.replaced if place == path or place.startswith(f"{path}.")]:
+        inner = place.removeprefix(path).removeprefix(".")
+        own |= {f"{inner}.{name}" if inner else name: one for name, one in draft.replaced.pop(place).items()}
+    return own
+
+
+def _labels(found: Stored, model: Any, classes: int) -> tuple[str, ...]:
+    """The names of a head's classes: the file's (`labels` in lorakit.json), else the base's where it has as many."""
+    named = found.extra.get("labels")
+    if isinstance(named, list) and len(named) == classes and all(isinstance(name, str) for name in named):
+        return tuple(named)
+    if classes == model.config.num_labels:
+        return tuple(str(model.config.id2label[k]) for k in range(classes))
+    return tuple(f"LABEL_{k}" for k in range(classes))
+
+
+def _hash(found: Stored) -> str:
+    """The content's hash; where lorakit.json names one, it was checked when the folder was read."""
+    named = found.extra.get("adapter")
+    return named if isinstance(named, str) else found.identity()
