@@ -9,6 +9,18 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LoRA": "lorakit.methods.lora",
+    "FullFineTuning": "lorakit.methods.full",
+    "BitFit": "lorakit.methods.bitfit",
+    "HoulsbyAdapter": "lorakit.methods.houlsby",
+    "LinAdapter": "lorakit.methods.lin",
+    "PfeifferAdapter": "lorakit.methods.pfeiffer",
+    "AdapterDrop": "lorakit.methods.adapter_drop",
+    "ResidualAdapter": "lorakit.methods.residual_adapter",
+    "PrefixTuning": "lorakit.methods.prefix_tuning",
+    "PromptTuning": "lorakit.methods.prompt_tuning",
+    "PromptEmbedding": "lorakit.methods.prompt_embedding",
+    "PTuning": "lorakit.methods.p_tuning",
+    "Warp": "lorakit.methods.warp",
     "Method": "lorakit.attach.method",
     "attach": "lorakit.attach.api",
     "detach": "lorakit.attach.api",
@@ -29,6 +41,9 @@ _HOME = {
     "analyze": "lorakit.analyze.api",
     "compress": "lorakit.analyze.compress",
     "train": "lorakit.run.train",
+    "compare": "lorakit.compare.api",
+    "sweep": "lorakit.sweep.api",
+    "Server": "lorakit.serve.server",
     "LorakitError": "lorakit.errors",
 }
 
@@ -40,15 +55,30 @@ if TYPE_CHECKING:
     from lorakit.attach.api import adapters, attach, count_parameters, detach, parameters, route, use
     from lorakit.attach.merge import merge, unmerge
     from lorakit.attach.method import Method
+    from lorakit.compare.api import compare
     from lorakit.errors import LorakitError
+    from lorakit.methods.adapter_drop import AdapterDrop
+    from lorakit.methods.bitfit import BitFit
     from lorakit.methods.combine import combine
+    from lorakit.methods.full import FullFineTuning
+    from lorakit.methods.houlsby import HoulsbyAdapter
+    from lorakit.methods.lin import LinAdapter
     from lorakit.methods.lora import LoRA
+    from lorakit.methods.p_tuning import PTuning
+    from lorakit.methods.pfeiffer import PfeifferAdapter
+    from lorakit.methods.prefix_tuning import PrefixTuning
+    from lorakit.methods.prompt_embedding import PromptEmbedding
+    from lorakit.methods.prompt_tuning import PromptTuning
+    from lorakit.methods.residual_adapter import ResidualAdapter
+    from lorakit.methods.warp import Warp
     from lorakit.plan.api import plan
     from lorakit.run.train import train
+    from lorakit.serve.server import Server
     from lorakit.store.api import load, save
     from lorakit.store.convert import convert
     from lorakit.store.inspect import inspect
     from lorakit.store.verify import verify
+    from lorakit.sweep.api import sweep
 
 
 def __getattr__(name: str) -> Any:

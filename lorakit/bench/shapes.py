@@ -18,6 +18,14 @@ def gpt2_small() -> Any:
     return GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
 
 
+def gpt2_medium() -> Any:
+    """The model of the paper's Table 1."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes: dict[str, Any] = {"n_embd": 1024, "n_layer": 24, "n_head": 16}
+    return GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes))
+
+
 def _llama(**values: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,6 +73,7 @@ def minilm() -> Any:
 
 SHAPES: dict[str, tuple[str, Callable[[], Any]]] = {
     "gpt2-small": ("causal-lm", gpt2_small),
+    "gpt2-medium": ("causal-lm", gpt2_medium),
     "smollm2-135m": ("causal-lm", smollm2_135m),
     "llama-1b": ("causal-lm", llama_1b),
     "minilm": ("sequence-classification", minilm),

@@ -15,6 +15,8 @@ VERBS = {
     "train": "Train an adapter as a recipe says.",
     "evaluate": "Measure a model, with or without an adapter, on data.",
     "generate": "Answer prompts.",
+    "sweep": "Train many adapters at once on one frozen base, and compare them in one table.",
+    "compare": "Compare methods on your data: one table, one picture.",
     "merge": "Merge an adapter into its base and write a plain transformers folder.",
     "convert": "Rewrite an adapter's files as another program's, exactly.",
     "inspect": "Tell what an adapter holds.",
@@ -22,6 +24,7 @@ VERBS = {
     "compress": "Write an adapter of lower ranks, and tell what that loses.",
     "verify": "List every fault of an adapter's files.",
     "plan": "Tell what adapting a model takes: parameters, memory, bytes, FLOPs.",
+    "serve": "Answer for one base and a folder of adapters over HTTP, as OpenAI's API.",
     "bench": "Measure lorakit side by side with what else there is.",
     "models": "List the packaged models, and fetch one.",
 }

@@ -6,19 +6,23 @@ from typing import Annotated, Any
 import typer
 
 from lorakit.bench.config import ROWS, BenchConfig
+from lorakit.bench.latency import PAPER, Latency, LatencyBench, Setting, bench_latency
 from lorakit.bench.measure import RowResult, SideResult, Spread
+from lorakit.bench.shapes import SHAPES
 from lorakit.bench.train import BenchReport, bench_train
 from lorakit.cli.show import Terminal, plural, print_json, print_table
+from lorakit.errors import UsageError
 from lorakit.run.folder import finite
 from lorakit.store.files import write_json
 
 DEFAULT = BenchConfig()
+INFERENCE = LatencyBench()
 
 
 def train(
     model: Annotated[
         str,
-        typer.Option(help="A packaged name, folder, hub id, or a shape: gpt2-small, smollm2-135m, minilm, llama-1b."),
+        typer.Option(help=f"A packaged name, folder, hub id, or a shape: {', '.join(SHAPES)}."),
     ] = DEFAULT.model,
     rows: Annotated[str | None, typer.Option(help=f"Which rows, by comma: {', '.join(ROWS)}.")] = None,
     task: Annotated[str | None, typer.Option(help="causal-lm or sequence-classification.")] = None,
@@ -60,7 +64,49 @@ def train(
         _print(report)
 
 
-COMMANDS = {"train": ("Measure training: lorakit, PEFT, full fine-tuning and the frozen base's floor in turns.", train)}
+SETTINGS = ",".join(INFERENCE.settings)
+
+
+def latency(
+    model: Annotated[str, typer.Option(help="A shape with random weights, or a decoder's name.")] = INFERENCE.model,
+    settings: Annotated[
+        str, typer.Option(help="BATCHxLENGTH@PARAMETERS by comma; +N decodes N tokens one by one.")
+    ] = SETTINGS,
+    paper: Annotated[bool, typer.Option("--paper", help=f"The paper's own settings: {', '.join(PAPER)}.")] = False,
+    trials: Annotated[int, typer.Option(help="Measured turns of each side.")] = INFERENCE.trials,
+    dtype: Annotated[str, typer.Option(help="Of the base: float32, bfloat16 or float16.")] = INFERENCE.dtype,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the machine's accelerator by itself.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, inputs and orders.")] = INFERENCE.seed,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Example: lorakit bench latency --trials 30 --out latency.json"""
+    if paper and settings != SETTINGS:
+        raise UsageError("--paper names the settings: leave --settings out.")
+    chosen = PAPER if paper else _names(settings)
+    config = LatencyBench(model=model, settings=chosen, trials=trials, dtype=dtype, device=device, seed=seed)
+    with Terminal() as terminal:
+        report = bench_latency(config, terminal)
+    if out is not None:
+        write_json(out, finite(report.to_json()))
+    if as_json:
+        print_json(report.to_json())
+        return
+    typer.echo(", ".join(f"{key} {value}" for key, value in report.machine.items()))
+    typer.echo(f"{config.model}, {plural(report.parameters, 'parameter')}, {plural(trials, 'trial')}, in turns")
+    columns = ["batch x length", "side", "r", "trained", "ms", "±", "over full", "±", "median over full"]
+    print_table(columns, [_timed(one.setting, side) for one in report.results for side in one.sides])
+
+
+def _timed(setting: Setting, side: Latency) -> list[Any]:
+    ratios = [f"{value:.3f}" for value in (side.ratio_mean, side.ratio_spread, side.ratio_median)]
+    return [str(setting), side.side, side.r, side.trained, side.mean * 1e3, side.spread * 1e3, *ratios]
+
+
+COMMANDS = {
+    "train": ("Measure training: lorakit, PEFT, full fine-tuning and the frozen base's floor in turns.", train),
+    "latency": ("Measure inference: full fine-tuning, LoRA merged and unmerged, and adapters in turns.", latency),
+}
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -5,7 +5,13 @@ import torch
 
 from lorakit.bench.shapes import SHAPES, build
 
-PUBLISHED = {"gpt2-small": 124_439_808, "smollm2-135m": 134_515_008, "llama-1b": 1_235_814_400, "minilm": 22_713_986}
+PUBLISHED = {
+    "gpt2-small": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "smollm2-135m": 134_515_008,
+    "llama-1b": 1_235_814_400,
+    "minilm": 22_713_986,
+}
 
 
 @pytest.mark.parametrize("name", SHAPES)
