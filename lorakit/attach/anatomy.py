@@ -24,6 +24,13 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         waiting += [(below + name, child) for name, child in reversed(module._modules.items()) if child is not None]
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """`model.get_submodule(path)` of a path that is known to be there, in a tenth of the time: a load asks for each leaf."""
+    for name in path.split(".") if path else ():
+        model = model._modules[name]  # type: ignore[assignment]
+    return model
+
+
 def parameters_of(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """(module path, name, parameter) in the order of `model.named_parameters()`, each shared one under its first name only."""
     seen: set[int] = set()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.adapted import bare, check_bare, plain, wear
+from lorakit.attach.anatomy import module_at
 from lorakit.attach.feedforward import feed, starve
 from lorakit.attach.group import Group
 from lorakit.attach.kinds import LinearKind, low_rank_kind
@@ -99,6 +100,7 @@ class Host:
         self.together: list[tuple[str, ...]] = []  # paths of leaves that share an input
         self.joined = False  # whether their sites know of each other
         self.owner: str | None = None  # who alone may change what is attached, and switch (a serving bank)
+        self.prints: dict[Any, Any] = {}  # what lorakit.store has worked out of the base, by the state that it was in
         self.fed: dict[str, nn.Module] = {}  # feed-forward modules and norms whose class is swapped
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,10 +115,11 @@ class Host:
 
     def dress(self, model: nn.Module) -> None:
         """Give every leaf that a record needs its adapted class, with a property for each parameter it replaces."""
+        before = len(self.leaves)
         for path, replaced in self.needed().items():
             leaf = self.leaves.get(path)
             if leaf is None:
-                leaf = model.get_submodule(path)
+                leaf = module_at(model, path)
                 if "_lk_site" in leaf.__dict__:
                     raise AdapterError(
                         f"{path} already carries adapters that were attached through another module of this model. "
@@ -127,7 +130,8 @@ class Host:
             site = self.sites.get(path) or Site(path, None)
             wear(leaf, site, replaced)
             self.leaves[path], self.sites[path] = leaf, site
-        self._look_around(model)
+        if len(self.leaves) != before or not self.joined:
+            self._look_around(model)
 
     def _look_around(self, model: nn.Module) -> None:
         """Find which leaves share an input, and which feed-forward modules have all their layers adapted."""
@@ -139,7 +143,7 @@ class Host:
         for parent, children in below.items():
             if len(children) < 2:
                 continue
-            module = model.get_submodule(parent)
+            module = module_at(model, parent)
             cls = plain(type(module))
             for names in siblings(cls):
                 shared = tuple(f"{parent}.{name}" if parent else name for name in names if name in children)
@@ -152,7 +156,7 @@ class Host:
     def _calm(self, model: nn.Module, parents: Iterable[str]) -> None:
         """Fuse the norms that stand beside the adapted layers, and beside the modules that hold these."""
         for place in {holder for path in parents for holder in (path, path.rpartition(".")[0])}:
-            for name, child in model.get_submodule(place)._modules.items():
+            for name, child in module_at(model, place)._modules.items():
                 path = f"{place}.{name}" if place else name
                 if child is not None and path not in self.fed and fuse_norm(child):
                     self.fed[path] = child

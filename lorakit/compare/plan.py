@@ -11,7 +11,7 @@ from lorakit.compare.config import CompareConfig
 from lorakit.errors import RecipeError
 from lorakit.evaluate import METRICS, check_metrics
 from lorakit.run.check import check_recipe
-from lorakit.run.recipe import CLASSIFIERS, Recipe, _build, _override, _read, load_recipe
+from lorakit.run.recipe import CLASSIFIERS, Recipe, build, load_recipe, override_key, read_document
 from lorakit.run.train import Run, kind_of
 
 SECTION = "compare"
@@ -53,9 +53,9 @@ def load_plan(source: str | Path | Mapping[str, Any], overrides: Sequence[str] =
 
     Raises RecipeError, with every fault of the section `compare`, or of the methods, at once.
     """
-    document = _read(source) if isinstance(source, str | Path) else copy.deepcopy(dict(source))
+    document = read_document(source) if isinstance(source, str | Path) else copy.deepcopy(dict(source))
     for override in overrides:
-        _override(document, override)
+        override_key(document, override)
     if SECTION not in document:
         raise RecipeError(
             "there is no section `compare`: expected `compare: {methods: [lora, ...]}` beside the recipe's."
@@ -64,7 +64,7 @@ def load_plan(source: str | Path | Mapping[str, Any], overrides: Sequence[str] =
         raise RecipeError("a comparison names its methods under compare.methods. Leave `method` out.")
     section = document.pop(SECTION)
     faults: list[str] = []
-    config = _build(CompareConfig, section, SECTION, faults)
+    config = build(CompareConfig, section, SECTION, faults)
     if faults:
         raise RecipeError("the comparison has faults:\n" + "\n".join(f"  - {fault}" for fault in faults))
     arms = arms_of(config.methods)

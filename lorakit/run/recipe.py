@@ -90,13 +90,13 @@ def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe", overrides: Se
             source = to_mapping(source)
         else:
             return source
-    document = _read(source) if isinstance(source, str | Path) else copy.deepcopy(dict(source))
+    document = read_document(source) if isinstance(source, str | Path) else copy.deepcopy(dict(source))
     for override in overrides:
-        _override(document, override)
+        override_key(document, override)
     if document.get("task") == TEXT_TO_IMAGE:
         _aim_at_attention(document)
     faults: list[str] = []
-    recipe = _build(Recipe, document, "", faults)
+    recipe = build(Recipe, document, "", faults)
     if document.get("task", Recipe.task) not in TASKS:
         faults.append(f"task: expected one of {', '.join(TASKS)}, got {document['task']!r}")
     if faults:
@@ -126,7 +126,7 @@ def _aim_at_attention(document: dict[str, Any]) -> None:
         document["method"] = {**method, "target_modules": list(ATTENTION)}
 
 
-def _read(source: str | Path) -> dict[str, Any]:
+def read_document(source: str | Path) -> dict[str, Any]:
     path = Path(source).expanduser()
     if not path.is_file():
         hint = f" Did you mean {path / 'recipe.yaml'}?" if (path / "recipe.yaml").is_file() else ""
@@ -142,7 +142,7 @@ def _read(source: str | Path) -> dict[str, Any]:
     return document
 
 
-def _override(document: dict[str, Any], override: str) -> None:
+def override_key(document: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key.strip():
         raise RecipeError(f"expected KEY=VALUE such as train.lr=1e-4, got {override!r}.")
@@ -155,7 +155,7 @@ def _override(document: dict[str, Any], override: str) -> None:
     place[last] = read_yaml(text, override)
 
 
-def _build(cls: type, values: Any, where: str, faults: list[str]) -> Any:
+def build(cls: type, values: Any, where: str, faults: list[str]) -> Any:
     """An instance of dataclass `cls` from a mapping, or None with faults added."""
     if not isinstance(values, Mapping):
         came = "nothing: leave it out for the defaults" if values is None else repr(values)
@@ -174,7 +174,7 @@ def _build(cls: type, values: Any, where: str, faults: list[str]) -> Any:
         elif types_[key] is Method:
             built[key] = _method(value, path, faults)
         elif is_dataclass(types_[key]):
-            built[key] = _build(typing.cast(type, types_[key]), value, path, faults)
+            built[key] = build(typing.cast(type, types_[key]), value, path, faults)
         else:
             built[key] = _value(types_[key], value, path, faults)
     for name, one in known.items():
@@ -201,7 +201,7 @@ def _method(value: Any, where: str, faults: list[str]) -> Any:
         faults.append(f"{where}: expected keys with `name: {' | '.join(METHODS)}`, got {name!r}{hint}")
         return None
     rest = {key: one for key, one in value.items() if key != "name"}
-    return _build(METHODS[name], rest, where, faults)
+    return build(METHODS[name], rest, where, faults)
 
 
 def _several(methods: list[Any], where: str, faults: list[str]) -> Any:

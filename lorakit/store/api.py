@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lorakit.attach.anatomy import module_at
 from lorakit.attach.api import AttachReport, add, check_can_add
 from lorakit.attach.host import Record, check_names, check_not_merged, find_host, host_of
 from lorakit.attach.method import Draft
@@ -79,7 +80,7 @@ def load(
 def _check_material(model: nn.Module, draft: Draft) -> None:
     """An adapter's tensors follow their leaf's device; on the meta device their values would be lost."""
     for path in draft.paths():
-        if any(own is not None and own.is_meta for own in model.get_submodule(path)._parameters.values()):
+        if any(own is not None and own.is_meta for own in module_at(model, path)._parameters.values()):
             raise UsageError(
                 f"{path} is on the meta device (not loaded yet, or off-loaded), where the adapter's values would be lost. "
                 "Load the model's weights onto a real device first."

@@ -127,12 +127,13 @@ def read_parts(path: Path, **options: Any) -> tuple[str, dict[str, AdapterFile],
 
 def read_source(path: Path, model: nn.Module, component: str | None) -> Stored:
     """An adapter for `model` in any format that a load may open: an adapter's folder, or another program's safetensors file.
+    The hash of its content may still be being worked out (Stored.settle).
 
     Faults of a folder are collected; a foreign file that cannot be read raises FileError.
     """
     foreign = path if path.suffix == ".safetensors" and path.is_file() else path / DIFFUSERS_FILES[0]
     if not foreign.is_file() or (path / CONFIG).is_file():
-        return read(path)
+        return read(path, wait=False)
     config, tensors, _ = read_any(foreign, base={component: model} if component else model, component=component)
     config, method, faults = parse_config(json.dumps(config))
     return checked(AdapterFile(path, config, method, tensors, faults=faults))

@@ -4,7 +4,8 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,12 @@ class Stored:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    pending: list[Callable[[], list[str]]] = field(default_factory=list, repr=False)
+
+    def settle(self) -> None:
+        """Wait for what is still being looked for, and add it to `faults`."""
+        while self.pending:
+            self.faults += self.pending.pop()()
 
     @property
     def kind(self) -> str:
@@ -114,6 +121,14 @@ def read_tensors_of(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     return {}, [
         f"{pickle}: a pickle, which can run code when it is opened: refused. Save it as {TENSORS} where it came from"
     ]
+
+
+def hash_faults_beside(found: Stored) -> Callable[[], list[str]]:
+    """Begin `hash_faults` in a thread of its own (hashing holds no lock of the interpreter's); the call waits for it."""
+    pool = ThreadPoolExecutor(1)
+    found_later = pool.submit(hash_faults, found)
+    pool.shutdown(wait=False)
+    return found_later.result
 
 
 def hash_faults(found: Stored) -> list[str]:

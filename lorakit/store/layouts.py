@@ -34,18 +34,28 @@ def layout_of(folder: Path) -> Layout:
     return next(one for one in LAYOUTS if one.recognises(folder))
 
 
-def read(folder: Path) -> Stored:
-    """Read and check an adapter's folder on its own, whatever its method. Faults are collected, never raised."""
-    return layout_of(folder).read(folder)
+def read(folder: Path, *, wait: bool = True) -> Stored:
+    """Read and check an adapter's folder on its own, whatever its method. Faults are collected, never raised.
+
+    wait: for the hash of the content; `fit`, and `Stored.settle`, do where this does not.
+    """
+    found = layout_of(folder).read(folder)
+    if wait:
+        found.settle()
+    return found
 
 
 def fit(found: Stored, model: nn.Module, *, check_base: bool) -> tuple[Method, Draft]:
     """The method and draft of a read folder on `model`. Raises FileError with every fault of the file and of the fit."""
-    faults = list(found.faults)
+    more: list[str] = []
+    drafted: tuple[Method, Draft] | None = None
     if found.method is not None and found.tensors:
         method, draft, more = layout_of(found.folder).draft(found, found.method, model)
-        faults += more + (base_faults(found, model) if check_base else [])
-        if not faults:
-            return method, draft
+        more += base_faults(found, model) if check_base else []
+        drafted = method, draft
+    found.settle()
+    faults = found.faults + more
+    if drafted is not None and not faults:
+        return drafted
     what = "cannot be loaded" if found.faults else f"does not fit this {type(model).__name__}"
     raise FileError(f"the adapter in {found.folder} {what}:", faults)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.adapted import plain
+from lorakit.attach.anatomy import walk
 from lorakit.attach.kinds import ConvKind, EmbeddingKind, LeafKind, low_rank_kind
 from lorakit.attach.method import Draft, Pair
 from lorakit.errors import LorakitError
@@ -178,7 +179,7 @@ def to_draft(parsed: Parsed, method: LoRA, model: nn.Module) -> tuple[Draft, lis
 
     Faults that `parse` and the configuration told already are not told again.
     """
-    modules = dict(model.named_modules())
+    modules = dict(walk(model))
     draft, faults = Draft(), list[str]()
     raw, taken = raw_draft(parsed.pairs, method, model, faults)
     draft.raw = raw

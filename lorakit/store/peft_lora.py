@@ -53,7 +53,7 @@ class PeftLora(Layout):
         }
 
     def read(self, folder: Path) -> AdapterFile:
-        return read_folder(folder)
+        return read_folder(folder, wait=False)
 
     def draft(self, found: Stored, method: Method, model: nn.Module) -> tuple[Method, Draft, list[str]]:
         return on_model(cast(AdapterFile, found), cast(LoRA, method), model)

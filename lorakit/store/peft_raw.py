@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lorakit.attach.adapted import plain
+from lorakit.attach.anatomy import walk
 from lorakit.attach.kinds import is_attention
 from lorakit.attach.method import Draft, Pair
 from lorakit.errors import TargetError
@@ -80,7 +81,7 @@ def _expected(
         faults.append(str(error))
     for path, names in groups.items():
         found |= {key: (path, name) for key, name in _keys(path, names, False).items()}
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         if path in pairs and is_attention(plain(type(module))):
             found[path] = (path, IN)
             found[f"{path}{DEEPER}.{OUT}"] = (f"{path}.{OUT}", "weight")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lorakit.attach.anatomy import shared_with
+from lorakit.attach.anatomy import shared_with, walk
 from lorakit.attach.method import Draft
 from lorakit.attach.targets import find_modules, matches
 from lorakit.errors import FileError, TargetError
@@ -18,7 +18,7 @@ from lorakit.store.layout import (
     TENSORS,
     Stored,
     base_faults,
-    hash_faults,
+    hash_faults_beside,
     read_extra,
     read_tensors_of,
     value_faults,
@@ -47,8 +47,10 @@ class AdapterFile(Stored):
         return self.parsed.plain
 
 
-def read_folder(folder: Path) -> AdapterFile:
+def read_folder(folder: Path, *, wait: bool = True) -> AdapterFile:
     """Read and check a PEFT folder of LoRA on its own (no model). Faults are collected, never raised.
+
+    wait: for the hash of the content, the longest part; without, `settle` does.
 
     Folders of any method: lorakit.store.layouts.read.
     """
@@ -66,14 +68,17 @@ def read_folder(folder: Path) -> AdapterFile:
     found.faults += wrong + faults
     found.tensors, faults = read_tensors_of(folder)
     found.faults += faults
-    return checked(found)
+    return checked(found, wait=wait)
 
 
-def checked(found: AdapterFile) -> AdapterFile:
-    """`found` with its tensors sorted and searched for faults."""
+def checked(found: AdapterFile, *, wait: bool = True) -> AdapterFile:
+    """`found` with its tensors sorted and searched for faults. wait: see read_folder."""
     if found.tensors:
+        found.pending.append(hash_faults_beside(found))
         found.parsed = parse(found.tensors)
-        found.faults += found.parsed.faults + _rank_faults(found) + value_faults(found.tensors) + hash_faults(found)
+        found.faults += found.parsed.faults + _rank_faults(found) + value_faults(found.tensors)
+    if wait:
+        found.settle()
     return found
 
 
@@ -108,18 +113,22 @@ def _beside_faults(parsed: Parsed, method: LoRA) -> list[str]:
 
 def fit(found: AdapterFile, model: nn.Module, *, check_base: bool) -> tuple[LoRA, Draft]:
     """The method and draft of a read folder on `model`. Raises FileError with every fault of the file and of the fit."""
-    faults = list(found.faults)
+    more: list[str] = []
+    drafted: tuple[LoRA, Draft] | None = None
     if found.method is not None and found.tensors:
         method, draft, more = on_model(found, found.method, model)
-        faults += more + (base_faults(found, model) if check_base else [])
-        if not faults:
-            return method, draft
+        more += base_faults(found, model) if check_base else []
+        drafted = method, draft
+    found.settle()
+    faults = found.faults + more
+    if drafted is not None and not faults:
+        return drafted
     what = "cannot be loaded" if found.faults else f"does not fit this {type(model).__name__}"
     raise FileError(f"the adapter in {found.folder} {what}:", faults)
 
 
 def on_model(found: AdapterFile, method: LoRA, model: nn.Module) -> tuple[LoRA, Draft, list[str]]:
-    modules = dict(model.named_modules())
+    modules = dict(walk(model))
     method = _for_model(method, found.parsed, modules)
     draft, faults = to_draft(found.parsed, method, model)
     try:

@@ -90,6 +90,7 @@ class SeveralLayout(Layout):
         found.config = {"method": Several.name, "parts": names}
         for name in cast(list[str], names):
             part = found.parts[name] = self._reader(folder / name).read(folder / name)
+            part.settle()
             found.faults += [f"{name}: {fault}" for fault in part.faults]
             found.tensors |= {f"{name}/{key}": tensor for key, tensor in part.tensors.items()}
             if part.method is not None and part.method.name != name:
