@@ -164,7 +164,8 @@ class Several(Method):
 
     def __post_init__(self) -> None:
         if len(self.methods) < 2 or not all(isinstance(one, Method) for one in self.methods):
-            raise UsageError(f"a combination is a list of at least two methods, not {self.methods!r}.")
+            came = ", ".join(one.name if isinstance(one, Method) else repr(one) for one in self.methods)
+            raise UsageError(f"a combination is one flat list of at least two methods, not [{came}].")
         if any(isinstance(one, Several) for one in self.methods):
             raise UsageError("a combination holds methods, no other combination: write one flat list.")
         names = [one.name for one in self.methods]
@@ -193,6 +194,8 @@ def joined(drafts: Sequence[Draft]) -> Draft:
                     taken = mine.setdefault(path, {})
                     if one.name != "replaced":
                         _check_apart(path, set(taken) & set(value))
+                    if one.name == "inserts":
+                        _check_order(path, taken, value)
                     taken.update({name: part for name, part in value.items() if name not in taken})
                 else:
                     _check_apart(path, {path} & set(mine))
@@ -204,4 +207,13 @@ def _check_apart(path: str, both: set[str]) -> None:
     if both:
         raise UsageError(
             f"two methods of the combination adapt {path} ({', '.join(sorted(both))}): leave it to one of them."
+        )
+
+
+def _check_order(path: str, mine: Mapping[str, Insert], theirs: Mapping[str, Insert]) -> None:
+    """A prompt, and the infix of a prefix, each count the columns of the sequence that they are given: not the other's."""
+    if all(any(not one.operation.by_token for one in group.values()) for group in (mine, theirs)):
+        raise UsageError(
+            f"two methods of the combination add to the sequence at {path or 'the model'} ({', '.join([*mine, *theirs])}), and "
+            "which of them counts the other's tokens is not defined. Leave one out, or the infix of prefix tuning."
         )

@@ -11,10 +11,6 @@ SWEEP = "sweep"
 STEPS = (1 / 30, 1 / 10, 1 / 3, 1, 3, 10, 30)
 """The grid of rates around the method's own learning rate, from which the search begins."""
 
-CENTRES = {
-    "prefix-tuning": 3e-3, "prefix-embedding": 3e-3, "prompt-tuning": 1e-2, "p-tuning": 1e-3, "warp": 3e-3,
-}  # fmt: skip
-"""Where the search begins for methods that train few vectors by AdamW, and want more than the default rate."""
 BOTTLENECKS = ("houlsby", "lin", "pfeiffer", "adapter-drop", "residual-adapter")
 PROMPTS = ("prompt-tuning", "p-tuning")
 SWEEPS: dict[str, Mapping[str, Sequence[Any]]] = {
@@ -30,6 +26,6 @@ SWEEPS: dict[str, Mapping[str, Sequence[Any]]] = {
 
 def rates_around(names: Sequence[str]) -> tuple[float, ...]:
     """Rates from low to high around the learning rate of the methods (of a combination the geometric mean of theirs)."""
-    centres = [CENTRES.get(name) or METHODS.get(name, Method).learning_rate for name in names]
+    centres = [METHODS.get(name, Method).learning_rate for name in names]
     centre = math.exp(sum(map(math.log, centres)) / len(centres))
     return tuple(float(f"{centre * step:.1g}") for step in STEPS)

@@ -14,6 +14,7 @@ from lorakit.attach.method import Draft, Insert, Method
 from lorakit.attach.operation import Operation, Share
 from lorakit.attach.quantized import dense_dtype
 from lorakit.errors import UsageError
+from lorakit.methods.body import check_length
 from lorakit.methods.kept import check_kept, keep
 from lorakit.methods.projections import Projections, check_projections, find_projections
 
@@ -177,8 +178,7 @@ class BottleneckAdapter(Method):
 
 
 def check_width(r: object) -> None:
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise UsageError(f"r must be a whole number of at least 1, not {r!r}.")
+    check_length("r", r)
 
 
 def check_activation(activation: object) -> None:

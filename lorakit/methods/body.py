@@ -13,6 +13,8 @@ from lorakit.attach.anatomy import walk
 from lorakit.errors import TargetError, UsageError
 
 POSITIONS = ("wpe", "position_embeddings", "embed_positions")  # what transformers calls a table of positions
+MOST = 2**31 - 1
+"""The longest side of a tensor that a method asks for."""
 
 
 def backbone(model: nn.Module, what: str) -> tuple[str, Any]:
@@ -93,9 +95,18 @@ def check_room(model: nn.Module, length: int, what: str) -> None:
 
 
 def check_length(name: str, value: Any, least: int = 1) -> None:
-    """Raise UsageError unless `value` is a whole number of at least `least`."""
+    """Raise UsageError unless `value` is a whole number of at least `least`, and one that a tensor's side can have."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+    if value > MOST:  # from a file: shapes of such sides overflow before they can be compared
+        raise UsageError(f"{name} must be a whole number from {least} to {MOST}, and a larger one came.")
+
+
+def check_ids(name: str, ids: Any) -> None:
+    """Raise UsageError unless `ids` is a list of token ids, or None."""
+    listed = isinstance(ids, Sequence) and not isinstance(ids, str | bytes)
+    if ids is not None and not (listed and all(isinstance(one, int) and not isinstance(one, bool) for one in ids)):
+        raise UsageError(f"{name} must be a list of token ids such as [5, 17], not {ids!r}.")
 
 
 def fresh(

@@ -27,6 +27,7 @@ class PTuning(Method):
     """`length` vectors in front of each input, made by an encoder from trained ones. PEFT's P_TUNING folders."""
 
     name: ClassVar[str] = "p-tuning"
+    learning_rate: ClassVar[float] = 1.0e-3
 
     length: int = 20
     """How many virtual tokens; they take as many positions."""

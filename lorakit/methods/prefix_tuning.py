@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorakit.attach.method import Draft, Method
 from lorakit.errors import UsageError
-from lorakit.methods.body import backbone, check_length, check_room, embedding_of, fresh, is_causal
+from lorakit.methods.body import backbone, check_ids, check_length, check_room, embedding_of, fresh, is_causal
 from lorakit.methods.kept import check_kept, keep
 from lorakit.methods.prefix import attentions, heads_of, prefix_draft
 
@@ -24,13 +24,15 @@ class PrefixTuning(Method):
     of this method, without an infix.
 
     infix_length: seen from a prompt's last token on; it takes no positions. Where a row holds a prompt and its answer
-    (training), lorakit.methods.prompt.ends tells where the prompt ends. All tokens of an encoder see it.
+    (training, and generation without the key/value cache, which reads the answer so far as prompt otherwise),
+    lorakit.methods.prompt.ends tells where the prompt ends. All tokens of an encoder see it.
 
     reparametrise: while it is trained, the prefix comes out of an MLP of one hidden layer (Li & Liang, section 4.3); a folder
     holds the result alone, and a loaded adapter is trained further without the MLP.
     """
 
     name: ClassVar[str] = "prefix-tuning"
+    learning_rate: ClassVar[float] = 3.0e-3  # few vectors, which want larger steps than matrices
 
     prefix_length: int = 20
     """How many virtual positions before the prompt."""
@@ -51,6 +53,7 @@ class PrefixTuning(Method):
         if not self.count:
             raise UsageError("prefix_length and infix_length are both 0: nothing would be trained.")
         check_kept(self.modules_to_save)
+        check_ids("tokens", self.tokens)
         if self.hidden is not None:
             check_length("hidden", self.hidden)
             if not self.reparametrise:

@@ -20,10 +20,12 @@ class PromptEmbedding(Method):
     """`prefix_length` trained vectors before each prompt and `infix_length` behind it: dim * (prefix + infix) numbers.
 
     Where a row holds a prompt and its answer (training), lorakit.methods.prompt.ends tells where the prompt ends; the
-    trainer does so for rows whose labels begin behind it.
+    trainer does so for rows whose labels begin behind it. So must generation without the key/value cache, which reads the
+    answer so far as prompt otherwise.
     """
 
     name: ClassVar[str] = "prefix-embedding"
+    learning_rate: ClassVar[float] = 3.0e-3  # few vectors, which want larger steps than matrices
 
     prefix_length: int = 32
     """Virtual tokens before the prompt."""

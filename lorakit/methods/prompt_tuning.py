@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorakit.attach.method import Draft, Insert, Method
 from lorakit.errors import UsageError
-from lorakit.methods.body import backbone, check_length, check_room, embedding_of, fresh, rows_of
+from lorakit.methods.body import backbone, check_ids, check_length, check_room, embedding_of, fresh, rows_of
 from lorakit.methods.kept import check_kept, keep
 from lorakit.methods.prompt import Prompt
 
@@ -21,6 +21,7 @@ class PromptTuning(Method):
     """`length` trained vectors in front of each input. PEFT's PROMPT_TUNING folders are of this method."""
 
     name: ClassVar[str] = "prompt-tuning"
+    learning_rate: ClassVar[float] = 1.0e-2  # few vectors, which want larger steps than matrices
 
     length: int = 20
     """How many virtual tokens; they take as many positions."""
@@ -35,6 +36,7 @@ class PromptTuning(Method):
     def __post_init__(self) -> None:
         check_length("length", self.length)
         check_init(self.init)
+        check_ids("tokens", self.tokens)
         check_kept(self.modules_to_save)
 
     def draft(self, model: nn.Module, *, dtype: torch.dtype | None, generator: torch.Generator | None) -> Draft:

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from lorakit.attach.anatomy import output_head
 from lorakit.attach.method import Draft, Insert, Method
 from lorakit.attach.operation import Operation, Share
-from lorakit.errors import TargetError, UsageError
-from lorakit.methods.body import backbone, check_length, check_room, embedding_of, fresh, named
+from lorakit.errors import AdapterError, TargetError, UsageError
+from lorakit.methods.body import backbone, check_ids, check_length, check_room, embedding_of, fresh, named
 from lorakit.methods.places import last_real
 from lorakit.methods.prompt import Prompt
 from lorakit.methods.prompt_tuning import INITS, begun, check_init
@@ -29,6 +29,7 @@ class Warp(Method):
     embeddings: dim * (prefix + infix + labels) numbers. For models with a language-model head."""
 
     name: ClassVar[str] = "warp"
+    learning_rate: ClassVar[float] = 3.0e-3  # few vectors, which want larger steps than matrices
 
     labels: int = 2
     """How many classes."""
@@ -52,6 +53,9 @@ class Warp(Method):
             check_init(self.init)
         elif self.mask_token_id is None:
             raise UsageError(f"init 'mask' needs mask_token_id; the others are {', '.join(INITS)}.")
+        check_ids("verbaliser", self.verbaliser)
+        if self.mask_token_id is not None:
+            check_length("mask_token_id", self.mask_token_id, 0)
         if self.verbaliser is not None and len(self.verbaliser) != self.labels:
             raise UsageError(
                 f"verbaliser names one word for each of the {self.labels} classes, not {list(self.verbaliser)!r}."
@@ -85,7 +89,7 @@ class Warp(Method):
 
     def _check_ids(self, table: nn.Embedding) -> None:
         ids = [one for one in (self.mask_token_id, *(self.verbaliser or ())) if one is not None]
-        wrong = [one for one in ids if not isinstance(one, int) or not 0 <= one < table.num_embeddings]
+        wrong = [one for one in ids if not 0 <= one < table.num_embeddings]
         if wrong:
             raise UsageError(
                 f"mask_token_id and verbaliser are ids of the vocabulary, 0 to {table.num_embeddings - 1}, not {wrong[0]!r}."
@@ -171,9 +175,16 @@ class ReadMask(Operation):
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         given = named(module, args, kwargs)
+        kept = given.get("logits_to_keep")
+        if given.get("past_key_values") is not None or isinstance(kept, Tensor) or kept:  # what generation asks for
+            raise AdapterError(
+                f"{type(module).__name__} is a classifier while its WARP adapter is on, and writes no text. Give it whole "
+                "texts, or switch the adapter off with lorakit.use."
+            )
         labels, mask = given.pop("labels", None), given.get("attention_mask")
         output = call(**{**given, "return_dict": True})
         scores = output.logits
+        _check_labels(labels, scores)
         rows = torch.arange(scores.shape[0], device=scores.device)
         if mask is not None and mask.dim() != 2:
             raise UsageError(
@@ -183,4 +194,13 @@ class ReadMask(Operation):
         loss = None if labels is None else F.cross_entropy(logits.float(), labels.view(-1))
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
+        )
+
+
+def _check_labels(labels: Tensor | None, scores: Tensor) -> None:
+    """Raise UsageError unless there is one label a row. scores: (rows, tokens, labels)."""
+    if labels is not None and labels.numel() != scores.shape[0]:
+        raise UsageError(
+            f"WARP classifies: expected labels of shape ({scores.shape[0]},), one class a row from 0 to {scores.shape[-1] - 1}, "
+            f"got {tuple(labels.shape)}."
         )

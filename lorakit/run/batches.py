@@ -177,7 +177,7 @@ def batches_of(recipe: Recipe, loaded: Loaded, rows: Sequence[Any]) -> OrderedBa
         pad_id=loaded.tokenizer.pad_token_id,
         batch_size=size,
         seed=seed,
-        group_by_length=recipe.train.group_by_length,
+        group_by_length=recipe.train.group_by_length is not False,
         batch_tokens=recipe.train.batch_tokens,
         pass_tokens=recipe.train.pass_tokens,
     )
@@ -215,6 +215,8 @@ def packed(
             raise RecipeError(f"train.packing is wanted, but {error} Leave it and train.pack_length out.") from error
         note(f"rows are not packed: {error}")
         return objective
+    if train.group_by_length is None and isinstance(batches.order, BatchOrder):
+        batches.order.group_by_length = False
     padded, batches.pack_length = batches.padding(), _pack_length(train.pack_length, loaded)
     gained = batches.padding()
     if f"{gained:.2f}" != f"{padded:.2f}":

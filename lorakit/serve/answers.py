@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.errors import LorakitError, UnknownAdapterError, UsageError
-from lorakit.serve.follow import Follower, TextStream
+from lorakit.serve.follow import TextStream, new_tokens, whole
 from lorakit.serve.handle import Generated, Handle
 from lorakit.serve.metrics import Metrics
 from lorakit.serve.openai import ChatRequest, ClassifyRequest, CompletionRequest, Decoding, EmbeddingRequest, Writer
@@ -31,7 +31,7 @@ class Answers:
     """One server's answering routes. What blocks (the tokenizer, a read from disk, a batch of texts) runs in threads."""
 
     def __init__(self, server: Server, metrics: Metrics) -> None:
-        self._server, self._metrics, self._follower = server, metrics, Follower()
+        self._server, self._metrics = server, metrics
         self._threads = ThreadPoolExecutor(64, thread_name_prefix="lorakit-http")
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class Answers:
 
     async def _results(self, started: Sequence[Started]) -> list[Generated]:
         try:
-            return [await self._follower.result(one.handle) for one in started]
+            return [await whole(one.handle) for one in started]
         finally:
             for one in started:
                 one.handle.cancel()  # nothing where it is done
@@ -128,14 +128,14 @@ class Answers:
             if writer.chat:
                 yield _event(writer.begin())
             if body.num_beams == 1:  # beams are known when all is
-                async with aclosing(self._follower.tokens(one.handle)) as made:
+                async with aclosing(new_tokens(one.handle)) as made:
                     async for tokens in made:
                         if piece := text.push(tokens):
                             if first:
                                 self._metrics.first_text(time.monotonic() - began)
                                 first = False
                             yield _event(writer.piece(piece))
-            answer = await self._follower.result(one.handle)
+            answer = await whole(one.handle)
             if rest := text.finish(answer.text):
                 yield _event(writer.piece(rest))
             self._count(body, one, [answer])

@@ -125,7 +125,11 @@ class RowsThread:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 if self._closing:
                     return
-                batch = self._next()
+                try:
+                    batch = self._next()
+                except Exception as error:  # of the device's memory, say: those that wait are told, others may follow
+                    self._refuse(error)
+                    continue
                 self._running = set(batch)
                 self._counts["running"] = len(batch)
             try:
@@ -137,6 +141,14 @@ class RowsThread:
                     if not item.outcome.done():
                         item.outcome.set_exception(ServeError(f"the engine failed: {error!r}"))
             self._done(batch)
+
+    def _refuse(self, error: Exception) -> None:
+        """Fail all that waits, for no batch can be made of it."""
+        for item in self._waiting:
+            item.outcome.set_exception(ServeError(f"the engine failed: {error!r}"))
+        self._counts["failed"] += len(self._waiting)
+        self._waiting = []
+        self._changed.notify_all()
 
     def _done(self, batch: list[Item]) -> None:
         with self._changed:

@@ -133,38 +133,48 @@ class Engine:
         self._check_prompt(prompt, params)
         self._check_alive()
         handle = Handle(len(prompt), None if adapter is None else adapter.hash, self._cancel)
-        with self._lock:
-            self._check_queue()
-            name = f"request-{next(self._numbers)}"
-            deadline = time.monotonic() + self.limits.seconds
-            ends = frozenset() if params.ignore_eos else self._ends
-            work = Work(name, prompt, adapter, params, handle, deadline, ends)
-            handle.work = work
-            self.works[name] = work
-            self._counts["prompt_tokens"] += len(prompt)
-        self._enter(work)
+        name = f"request-{next(self._numbers)}"
+        deadline = time.monotonic() + self.limits.seconds
+        ends = frozenset() if params.ignore_eos else self._ends
+        work = handle.work = Work(name, prompt, adapter, params, handle, deadline, ends)
+        resident = adapter is None or self.bank.hold(adapter)
+        try:
+            self._register(work)
+        except BaseException:
+            if adapter is not None:
+                self.bank.release(adapter)
+            raise
+        self._enter(work, resident)
         return handle
 
-    def _enter(self, work: Work) -> None:
+    def _register(self, work: Work) -> None:
+        """From here on `dropped` gives back what the request holds, whoever calls it."""
+        with self._lock:
+            self._check_open()
+            self._check_queue()
+            self.works[work.id] = work
+            self._counts["prompt_tokens"] += len(work.prompt)
+
+    def _enter(self, work: Work, resident: bool) -> None:
         """Hand a request to its thread: at once where its adapter is in memory, else when it is read."""
         try:
-            if work.version is None or self.bank.hold(work.version):
+            if resident:
                 self._submit(work)
             else:
                 self._loader.submit(self._fetch_and_submit, work)
         except BaseException:
-            self.works.pop(work.id, None)
+            self.dropped(work)
+            self._check_open()  # the loader takes no more once the engine closes
             raise
 
     def _fetch_and_submit(self, work: Work) -> None:
         try:
-            if work.version is not None:
+            if work.version is not None and not work.handle.done:
                 self.bank.fetch(work.version, patience=self.limits.seconds)
-        except Exception as error:
+            self._submit(work)
+        except Exception as error:  # in a thread that would keep it to itself
             self._fail(work, error)
             self.dropped(work)
-            return
-        self._submit(work)
 
     def _submit(self, work: Work) -> None:
         if work.handle.done:  # cancelled while its adapter was read
@@ -198,9 +208,12 @@ class Engine:
                 f"{len(self.works)} requests wait or run already. Ask again in a moment.", retry_after=1.0
             )
 
-    def _check_alive(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise ServeError("this engine is closed.")
+
+    def _check_alive(self) -> None:
+        self._check_open()
         denial = self._denial()
         if denial is not None:
             raise ServeError(f"the engine has stopped ({denial}). Start it anew.")
@@ -223,7 +236,10 @@ class Engine:
     def told(self, work: Work, output: Any) -> None:
         """New tokens of a request, or its end."""
         ended = output.is_finished()
-        if not work.handle.done:
+        if work.handle.done:
+            if not ended:  # cancelled so early that the batch had not heard of it yet, and knew nothing to cancel
+                self._batch.cancel_request(work.id)
+        else:
             if output.error is not None:
                 self._fail(work, ServeError(f"the engine failed: {output.error}"))
             elif take_tokens(work, output.generated_tokens, self.tokenizer):
@@ -302,10 +318,11 @@ class Engine:
 
     def close(self) -> None:
         """Stop. Requests that run fail with ServeError; the model is as it was before (the bank is its owner's to close)."""
-        if self._closed:
-            return
-        self._closed = True
-        self._loader.shutdown(wait=True)
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._loader.shutdown(wait=False, cancel_futures=True)
         if self._search is not None:
             self._search.close()
         if self._rows is not None:
@@ -314,6 +331,7 @@ class Engine:
             self._batch.stop(block=True, hard_stop=True)
         for work in list(self.works.values()):
             self.dropped(work)
+        self._loader.shutdown(wait=True)  # reads that waited for room have it now
         self._merging.apart()
         self.bank.live.pack(None, None)
         self.model.train(self._training)

@@ -6,68 +6,58 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from lorakit.serve.handle import Generated, Handle
+from lorakit.serve.work import decoded
 
-TICK = 0.01  # seconds between looks at the tokens of all streams
 REPLACEMENT = "\ufffd"  # what a character whose bytes are not all there decodes to
 
 
-class Follower:
-    """Follows handles: one task looks at all of them, so that a stream costs nothing while it waits."""
+class _Bell:
+    """Wakes a coroutine from other threads; rung many times before it has heard, it is told once."""
 
     def __init__(self) -> None:
-        self._streams: dict[Handle, tuple[int, asyncio.Event]] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._loop, self._event, self._rung = asyncio.get_running_loop(), asyncio.Event(), False
 
-    async def tokens(self, handle: Handle) -> AsyncGenerator[tuple[int, ...], None]:
-        """The tokens that were made since the last time, until the answer ends."""
-        event, seen = asyncio.Event(), 0
-        _when_done(handle, event.set)
-        self._streams[handle] = (0, event)
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._look())
-        try:
-            while True:
-                await event.wait()
-                event.clear()
-                done = handle.done  # before the tokens: none may come between
-                made = handle.tokens
-                if len(made) > seen:
-                    yield made[seen:]
-                    seen = len(made)
-                if done:
-                    return
-        finally:
-            self._streams.pop(handle, None)
+    def ring(self) -> None:
+        """In any thread. A second ring that comes between looking and setting tells twice, which does no harm."""
+        if not self._rung:
+            self._rung = True
+            with contextlib.suppress(RuntimeError):  # the loop has ended before the request
+                self._loop.call_soon_threadsafe(self._event.set)
 
-    async def result(self, handle: Handle) -> Generated:
-        """The whole answer. Raises what the request failed with; cancels it where the caller is cancelled."""
-        event = asyncio.Event()
-        _when_done(handle, event.set)
-        try:
-            await event.wait()
-        except asyncio.CancelledError:
-            handle.cancel()
-            raise
-        return handle.result(0)
-
-    async def _look(self) -> None:
-        while self._streams:
-            for handle, (seen, event) in list(self._streams.items()):
-                made = len(handle.tokens)
-                if made > seen and handle in self._streams:
-                    self._streams[handle] = (made, event)
-                    event.set()
-            await asyncio.sleep(TICK)
+    async def heard(self) -> None:
+        await self._event.wait()
+        self._event.clear()
+        self._rung = False  # before the caller looks: what comes from here on rings again
 
 
-def _when_done(handle: Handle, call: Any) -> None:
-    loop = asyncio.get_running_loop()
+async def new_tokens(handle: Handle) -> AsyncGenerator[tuple[int, ...], None]:
+    """The tokens that were made since the last time, until the answer ends."""
+    bell, seen = _Bell(), 0
+    handle.on_news(bell.ring)
+    try:
+        while True:
+            await bell.heard()
+            done = handle.done  # before the tokens: none may come between
+            made = handle.tokens
+            if len(made) > seen:
+                yield made[seen:]
+                seen = len(made)
+            if done:
+                return
+    finally:
+        handle.on_news(None)
 
-    def tell(_: Handle) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended before the request
-            loop.call_soon_threadsafe(call)
 
-    handle.when_done(tell)
+async def whole(handle: Handle) -> Generated:
+    """The whole answer. Raises what the request failed with; cancels it where the caller is cancelled."""
+    bell = _Bell()
+    handle.when_done(lambda _: bell.ring())
+    try:
+        await bell.heard()
+    except asyncio.CancelledError:
+        handle.cancel()
+        raise
+    return handle.result(0)
 
 
 class TextStream:
@@ -97,9 +87,7 @@ class TextStream:
         return rest
 
     def _decode(self, ids: Sequence[int]) -> str:
-        if not ids:
-            return ""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return decoded(self._tokenizer, ids) if ids else ""
 
     def _certain(self) -> int:
         """How many characters no stop text can take back."""

@@ -37,6 +37,7 @@ class Handle:
         self._cancel = cancel
         self._changed = threading.Condition()
         self._tokens: list[int] = []
+        self._news: Callable[[], None] | None = None
         self._outcome: Future[Generated] = Future()
 
     def __iter__(self) -> Iterator[int]:
@@ -81,13 +82,22 @@ class Handle:
         """Have `call` called, in whatever thread ends the request (at once where it has ended)."""
         self._outcome.add_done_callback(lambda _: call(self))
 
+    def on_news(self, call: Callable[[], None] | None) -> None:
+        """Have `call` called when there are tokens, and at the end, in whatever thread makes them; at once where there
+        are some already. One listener at a time: None takes it away. It must be short, and raise nothing."""
+        with self._changed:
+            self._news = call
+            told = bool(self._tokens) or self.done
+        if call is not None and told:
+            call()
+
     # -- the engine's side -------------------------------------------------------------------------------------------
 
     def push(self, tokens: list[int]) -> None:
         """Hand over tokens that were made."""
         with self._changed:
             self._tokens.extend(tokens)
-            self._changed.notify_all()
+        self._tell()
 
     def finish(self, tokens: tuple[int, ...], text: str, finish: Finish) -> None:
         """End the request. The first end counts."""
@@ -113,5 +123,11 @@ class Handle:
                 self._outcome.set_exception(outcome)
         except Exception:  # another thread ended it first (InvalidStateError)
             return
+        self._tell()
+
+    def _tell(self) -> None:
         with self._changed:
             self._changed.notify_all()
+            call = self._news
+        if call is not None:
+            call()

@@ -29,6 +29,9 @@ class ListenConfig:
     """At once; one more is answered 503."""
     header_seconds: float = 10.0
     """In which a request's headers must have come."""
+    keep_alive_seconds: float = 75.0
+    """For which a connection without a request is kept. Longer than clients keep theirs (httpx and openai 5, aiohttp 15):
+    where the server is the first to close, it may do so under a request that is on its way, which is then lost."""
     drain_seconds: float = 30.0
     """For requests that run when the server is told to stop."""
 
@@ -43,18 +46,7 @@ def listen(server: Server, access: Access, config: ListenConfig, *, began: Any =
 
     check_start(config.host, access.api, access.admin)
     sockets = [_bound(config)]
-    settings = uvicorn.Config(
-        build_app(server, access),
-        http=_protocol(config.header_seconds),
-        ws="none",
-        limit_concurrency=config.connections,
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # nobody's word is taken for where a request comes from
-        log_config=None,
-    )
+    settings = uvicorn_settings(build_app(server, access), config)
     if began is not None:
         began(sockets[0].getsockname()[1])
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -64,6 +56,24 @@ def listen(server: Server, access: Access, config: ListenConfig, *, began: Any =
         for number, handler in before.items():
             signal.signal(number, handler)
         sockets[0].close()
+
+
+def uvicorn_settings(app: Any, config: ListenConfig) -> Any:
+    """What uvicorn is told, as its Config."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        http=_protocol(config.header_seconds),
+        ws="none",
+        limit_concurrency=config.connections,
+        timeout_keep_alive=max(1, round(config.keep_alive_seconds)),
+        timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # nobody's word is taken for where a request comes from
+        log_config=None,
+    )
 
 
 def _bound(config: ListenConfig) -> socket.socket:

@@ -79,7 +79,7 @@ class Merging:
 
     def _switch(self, sites: dict[str, Site], *, on: bool) -> None:
         """The layers look at the bank's stacks, or are plain."""
-        for site in sites.values():
+        for site in list(sites.values()):  # loads in other threads add to them
             site.active = (EMPTY,) if on else ()
 
 

@@ -117,8 +117,11 @@ class Registry:
         check_name(name)
         return self._publish(name, self.folder / check_name(folder, "the name of a folder"), self.folder, check)
 
-    def roll_back(self, name: str, version: str | None = None) -> Release:
-        """Let `name` answer with an earlier version: the given one (digits of its hash), or that before the current one."""
+    def roll_back(self, name: str, version: str | None = None, check: Check | None = None) -> Release:
+        """Let `name` answer with an earlier version: the given one (digits of its hash), or that before the current one.
+
+        check: called with it before `name` leads to it; where it raises, nothing has changed.
+        """
         with self._changing() as state:
             entry = self._entry(state, name)
             if version is None:
@@ -128,8 +131,11 @@ class Registry:
                 digits = entry.versions[at - 1]
             else:
                 digits = _chosen(name, entry, version.removeprefix("sha256:"))
+            release = self.version(name, digits)
+            if check is not None:
+                check(release)
             self._write(state.with_entry(name, entry.after("roll back", current=digits, loaded=True)))
-            return self.version(name, digits)
+            return release
 
     def put_in_service(self, name: str, loaded: bool) -> None:
         """Let a name answer again, or no more; its versions stay."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Literal
 
-from lorakit.errors import AdapterLoadingError, FileError, LorakitError
+from lorakit.errors import AdapterLoadingError, FileError, LorakitError, ServeError
 from lorakit.serve.bank import Bank, Version
 from lorakit.serve.registry import Release
 
@@ -84,7 +84,8 @@ class Residents:
                 self._bank.unload(load.result())
 
     def close(self) -> None:
-        self._closed.set()
+        with self._lock:
+            self._closed.set()
         self._workers.shutdown(wait=True, cancel_futures=True)
         if self._warming is not None:
             self._warming.join()
@@ -93,6 +94,8 @@ class Residents:
         with self._lock:
             load = self._loads.get(release.hash)
             if load is None:
+                if self._closed.is_set():
+                    raise ServeError("this server is closed.")
                 load = self._loads[release.hash] = self._workers.submit(self._load, release)
             return load
 

@@ -53,8 +53,9 @@ class SearchThread:
 
     def _run(self) -> None:
         while not self._closing:
-            works = self._placed(self._next())
+            works = self._next()
             try:
+                works = self._placed(works)
                 self._compute(works)
             except Exception as error:  # a fault in one batch must not end the thread
                 for work in works:

@@ -110,8 +110,11 @@ class Shelf:
         return self._changed(self.registry.publish_loose(name, folder, self._bring))
 
     def roll_back(self, name: str, version: str | None = None) -> str:
-        """Let `name` answer with the version before the current one, or with the given one (its hash); returns its hash."""
-        return self._changed(self.registry.roll_back(name, version))
+        """Let `name` answer with the version before the current one, or with the given one (its hash); returns its hash.
+
+        It is loaded before the name leads to it. Raises UnknownAdapterError, UsageError (there is none before), FileError.
+        """
+        return self._changed(self.registry.roll_back(name, version, self._bring))
 
     def unload(self, name: str) -> None:
         """Take a name out of service, for good; requests that run finish."""
@@ -124,7 +127,7 @@ class Shelf:
         return self._changed(self.registry.resolve(name))
 
     def pin(self, name: str, pinned: bool = True) -> None:
-        """Keep a name's current version, and those to come, on the device (or no more)."""
+        """Keep a name's current version, and those to come, in memory (or no more)."""
         self.registry.pin(name, pinned)
         version = self.find(name, wait=True)
         if version is not None:
@@ -213,6 +216,10 @@ class Shelf:
             except UnknownAdapterError:
                 continue  # its name is out of service
         self.residents.keep({f"sha256:{digits}" for digits in kept})
+        pinned = {f"sha256:{entry.current}" for entry in self.registry.entries().values() if entry.pinned}
+        for one in self.bank.resident():
+            if one.pinned and one.version.hash not in pinned:  # a version that its name leads to no more
+                self.bank.unpin(one.version)
 
     def _to_warm(self) -> list[Release]:
         """What names lead to, pinned ones first."""

@@ -1,7 +1,6 @@
 """An adapter's folder, read and checked wholly, as rows for a bank. Nothing of the model is changed."""
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from lorakit.attach.method import Draft
 from lorakit.errors import FileError
 from lorakit.serve.heads import classes_of, head_path, skeleton
+from lorakit.serve.patterns import Tried
 from lorakit.serve.rows import Rows, to_rows
 from lorakit.store.identity import fingerprint, same_base
 from lorakit.store.layout import TENSORS, Stored, base_faults
@@ -35,10 +35,7 @@ class AsGiven(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.__dict__["own"] = dict(model.named_parameters())
-
-    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from self.__dict__["own"].items()
+        self._parameters = dict(model.named_parameters())  # under their whole names: all that is read of them
 
 
 class Base:
@@ -50,6 +47,7 @@ class Base:
         self.aside: dict[str, Any] = {}  # the own weights of layers whose adapter is merged (lorakit.serve.merging)
         self._known: dict[frozenset[str], str | None] = {}
         self._given = AsGiven(model)
+        self.tried = Tried([path for path in self.modules if path])
 
     def own(self) -> dict[str, Any]:
         """The modules, those that are merged as they are without it."""
@@ -82,6 +80,7 @@ def take(folder: Path, base: Base, *, check_base: bool, most: int) -> Taken:
             f"the adapter in {folder} is refused:", [f"{TENSORS} has {size:,} bytes, and {most:,} are allowed"]
         )
     model, found = base.model, read(folder)
+    base.tried.check(folder, found.config)
     check_base = check_base and not base.is_of(found)  # else to say in which way it is another's
     classes = classes_of(model, found.parsed.plain) if isinstance(found, AdapterFile) else None
     if classes is None or classes == model.config.num_labels:
@@ -105,10 +104,10 @@ def _head(draft: Draft, path: str) -> dict[str, Tensor]:
 
 
 def _labels(found: Stored, model: Any, classes: int) -> tuple[str, ...]:
-    """The names of a head's classes: the file's (`labels` in lorakit.json), else the base's where it has as many."""
-    named = found.extra.get("labels")
-    if isinstance(named, list) and len(named) == classes and all(isinstance(name, str) for name in named):
-        return tuple(named)
+    """The names of a head's classes: those that a run wrote into lorakit.json, else the base's where it has as many."""
+    named = found.extra.get("label_names")
+    if isinstance(named, list) and all(isinstance(name, str) for name in named) and len(set(named)) == classes:
+        return tuple(dict.fromkeys(named))
     if classes == model.config.num_labels:
         return tuple(str(model.config.id2label[k]) for k in range(classes))
     return tuple(f"LABEL_{k}" for k in range(classes))

@@ -1,6 +1,7 @@
 """What the engine keeps of a running request, and how its tokens become an answer."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,17 +55,23 @@ def take_tokens(work: Work, tokens: list[int], tokenizer: Any) -> bool:
     return False
 
 
+def decoded(tokenizer: Any, tokens: Sequence[int], *, special: bool = False) -> str:
+    """The text of tokens as they are, as lorakit.generate has it: a tokenizer's tidying of spaces would make it depend on
+    what comes later. special: with the special tokens."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False))
+
+
 def stop_found(tokenizer: Any, tokens: tuple[int, ...] | list[int], stop: tuple[str, ...]) -> bool:
     """Whether the end of an answer holds a stop text. A token is at least a byte of text, so a tail is enough to look at."""
     tail = max(len(text.encode()) for text in stop) + 4
-    text = tokenizer.decode(list(tokens[-tail:]), skip_special_tokens=False)
+    text = decoded(tokenizer, tokens[-tail:], special=True)
     return any(one in text for one in stop)
 
 
 def conclude(work: Work, finish: Finish, tokenizer: Any) -> None:
     """End the request with the tokens that its caller was given."""
     tokens = work.handle.tokens
-    text = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    text = decoded(tokenizer, tokens)
     cuts = [text.find(one) for one in work.params.stop]
     cut = min((place for place in cuts if place >= 0), default=len(text))
     work.handle.finish(tokens, text[:cut], finish)

@@ -63,8 +63,9 @@ class TrainConfig:
     """Run the last block only at the position that a classification head reads: exact, for BERT, RoBERTa, Llama and GPT-2."""
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread over all classes."""
-    group_by_length: bool = True
-    """Put rows of like length into a batch: less padding."""
+    group_by_length: bool | None = None
+    """Put rows of like length together in a batch; None = only where rows are not packed. A batch of rows of one length is a less
+    fair sample of the data, and packing is rid of the padding without it."""
     seed: int = 0
     """Of the adapter's first values, a new head, the order of the data and dropout."""
     eval_every: int | None = None
@@ -118,5 +119,5 @@ class TrainConfig:
             raise UsageError(f"train.packing must be auto, true or false, not {self.packing!r}.")
         if self.packing is False and self.pack_length is not None:
             raise UsageError("train.pack_length does nothing without train.packing. Leave it out.")
-        if self.batch_tokens is not None and not self.group_by_length:
+        if self.batch_tokens is not None and self.group_by_length is False:
             raise UsageError("train.batch_tokens puts rows of like length together: leave train.group_by_length true.")

@@ -186,3 +186,10 @@ def test_plain_torch_modules_are_models_too():
     assert report.modules == ("0", "2")
     assert report.trainable == 2 * (6 + 5) + 2 * (5 + 4)
     model(torch.randn(3, 6)).sum().backward()
+
+
+def test_a_table_that_is_given_more_than_ids_takes_no_pair():
+    """OPT's positions are looked up by a count of the mask: an update of the rows that the mask names would be another."""
+    with pytest.raises(TargetError, match="more than ids"):
+        lk.attach(tiny.opt(), lk.LoRA(r=2, target_modules=["embed_positions"]))
+    lk.attach(tiny.opt(), lk.LoRA(r=2, target_modules=["embed_tokens"]))

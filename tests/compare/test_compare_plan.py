@@ -6,7 +6,7 @@ import pytest
 from compare_kit import QUERY
 
 from lorakit.compare.arms import arms_of
-from lorakit.compare.defaults import CENTRES, SWEEPS, rates_around
+from lorakit.compare.defaults import SWEEPS, rates_around
 from lorakit.compare.plan import load_plan
 from lorakit.compare.search import at_edge, best_rate, next_rate
 from lorakit.errors import RecipeError
@@ -37,7 +37,7 @@ def test_a_size_is_told_by_as_few_fields_as_it_takes():
 
 
 def test_sweep_names_fields_that_the_methods_have():
-    assert set(SWEEPS) | set(CENTRES) <= set(METHODS)
+    assert set(SWEEPS) <= set(METHODS)
     for name, sizes in SWEEPS.items():
         for arm in arms_of([{"name": name, "sizes": "sweep"}]):
             METHODS[name](**{key: value for key, value in arm.document.items() if key != "name"})

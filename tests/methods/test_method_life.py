@@ -74,6 +74,17 @@ def test_parameters_that_are_read_for_all_rows_at_once_are_refused_by_rows() -> 
         kit.logits(model, **tiny.batch(model))
 
 
+def test_positions_that_are_made_of_the_whole_mask_are_refused_by_rows() -> None:
+    model = tiny.opt()  # whose embed_positions takes a mask, counts it, and takes more besides
+    lk.attach(model, kit.METHODS["full"], name="a")
+    with lk.route(model, ["a", None, "a"]), pytest.raises(AdapterError, match=r"embed_positions.*more than its input"):
+        kit.logits(model, **tiny.batch(model))
+    top = kit.METHODS["top"]
+    lk.attach(model, top, name="b")  # leaves them as they are
+    with lk.route(model, ["b", None, "b"]):
+        assert kit.logits(model, **tiny.batch(model)).shape[0] == 3
+
+
 def _using(model: nn.Module, name: str | None) -> nn.Module:
     lk.use(model, name)
     return model

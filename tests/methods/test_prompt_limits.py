@@ -63,17 +63,44 @@ def test_no_transformers_model_is_refused() -> None:
         partial(PrefixTuning, 0),
         partial(PrefixTuning, 3, hidden=5),
         partial(PrefixTuning, 3, tokens=[1, 2]),
+        partial(PrefixTuning, 3, tokens=7),
+        partial(PrefixTuning, 3, 10**30),
+        partial(PromptTuning, 2, tokens=7),
+        partial(PromptTuning, 2, tokens="ab"),
         partial(PTuning, 3, "gru"),
         partial(PTuning, 3, layers=0),
         partial(Warp, 1),
         partial(Warp, 2, init="mask"),
+        partial(Warp, 2, True),
         partial(Warp, 2, verbaliser=[1, 2, 3]),
+        partial(Warp, 2, verbaliser=7),
+        partial(Warp, 2, verbaliser="ab"),
     ],
     ids=repr,
 )
 def test_wrong_settings(wrong: Any) -> None:
     with pytest.raises(UsageError):
         wrong()
+
+
+@pytest.mark.parametrize("prompt", [PromptTuning(2), PromptEmbedding(2, 0), Warp()], ids=repr)
+def test_an_infix_and_a_prompt_do_not_count_each_others_tokens(prompt: Any) -> None:
+    for methods in ([PrefixTuning(2, 2), prompt], [prompt, PrefixTuning(2, 2)]):
+        with pytest.raises(UsageError, match="the infix of prefix tuning"):
+            lk.attach(tiny.llama(), methods)
+    lk.attach(tiny.llama(), [PrefixTuning(2), prompt])
+
+
+@pytest.mark.parametrize("method", [PrefixTuning(2, 2), PromptEmbedding(3, 2)], ids=repr)
+@torch.no_grad()
+def test_without_the_cache_generation_is_told_where_the_prompt_ends(method: Any) -> None:
+    model = tiny.gpt2(initializer_range=0.3)
+    lk.attach(model, method, seed=0)
+    for parameter in lk.parameters(model, "default"):
+        parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
+    how: dict[str, Any] = {**tiny.batch(model), "max_new_tokens": 6, "do_sample": False}
+    with ends(model, torch.tensor([7, 7, 7])):
+        assert torch.equal(model.generate(**how, use_cache=False), model.generate(**how))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("method", [PromptTuning(3), PrefixTuning(3), PromptEmbedding(2, 1)], ids=repr)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lorakit as lk
+from lorakit.errors import AdapterError, UsageError
 from lorakit.methods.warp import Warp
 
 MASK = 4
@@ -78,3 +79,22 @@ def test_trains_and_comes_back_from_its_folder(family: str, tmp_path: Any) -> No
     torch.testing.assert_close(again(input_ids=x, attention_mask=mask).logits, expected, rtol=0, atol=1e-6)
     lk.detach(model, "default")
     assert torch.equal(model(x).logits, base)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_classifier_writes_no_text(use_cache: bool) -> None:
+    model = tiny.llama()
+    lk.attach(model, Warp())
+    with pytest.raises(AdapterError, match="writes no text"):
+        model.generate(**tiny.batch(model), max_new_tokens=2, use_cache=use_cache)  # type: ignore[operator]
+    lk.use(model, None)
+    assert model.generate(**tiny.batch(model), max_new_tokens=2, use_cache=use_cache).shape[0] == 3  # type: ignore[operator]
+
+
+def test_labels_are_one_a_row() -> None:
+    model = tiny.llama()
+    lk.attach(model, Warp())
+    x = tiny.batch(model)["input_ids"]
+    with pytest.raises(UsageError, match=r"expected labels of shape \(3,\)"):
+        model(x, labels=x)
+    assert model(x, labels=torch.tensor([[0], [1], [1]])).loss > 0  # a column of them is as good

@@ -56,6 +56,7 @@ def test_the_learning_rate_is_the_methods_own_where_none_is_named() -> None:
     assert rate() == LoRA.learning_rate == 2e-4
     assert rate(method={"name": "full"}) == METHODS["full"].learning_rate < 1e-4
     assert rate(method={"name": "bitfit"}, train={"epochs": 2}) == METHODS["bitfit"].learning_rate
+    assert rate(method={"name": "prompt-tuning"}) == METHODS["prompt-tuning"].learning_rate > 2e-4
     assert rate(method={"name": "full"}, train={"lr": 1}) == 1
     assert rate(method=[{"name": "lora"}, {"name": "full"}]) == METHODS["full"].learning_rate
 

@@ -108,13 +108,13 @@ def listening(
     import uvicorn
 
     from lorakit.serve.app import build_app
-    from lorakit.serve.listen import _protocol
+    from lorakit.serve.listen import ListenConfig, uvicorn_settings
 
     keys = {"api": make_keys([API_KEY]), "admin": make_keys([ADMIN_KEY])}
     with Server(base, folder, config) as server, socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         app = build_app(server, Access(**(keys | access)))
-        inner = uvicorn.Server(uvicorn.Config(app, http=_protocol(header_seconds), ws="none", log_config=None))
+        inner = uvicorn.Server(uvicorn_settings(app, ListenConfig(header_seconds=header_seconds)))
         thread = threading.Thread(target=lambda: inner.run(sockets=[bound]))
         thread.start()
         until(lambda: inner.started)

@@ -176,7 +176,8 @@ DAMAGE: dict[str, tuple[Any, tuple[str, ...]]] = {
     "unknown key": (config(rr=3), ("config.rr: unknown key, whose effect would be lost; did you mean 'r'?",)),
     "wrong value": (config(r="3"), ("r must be a whole number",)),
     "wrong activation": (config(activation={"a": 1}), ("activation must be one of",)),
-    "huge rank": (config(r=10**15), ("expected [1000000000000000",) * 2 + ("expected [32, 1000000000000000]",)),
+    "huge rank": (config(r=10**9), ("expected [1000000000",) * 2 + ("expected [32, 1000000000]",)),
+    "a rank that no tensor has": (config(r=10**400), ("r must be a whole number from 1 to 2147483647",)),
     "another rank": (
         config(r=4),
         ("expected [4, 32], got [3, 32]", "expected [4], got [3]", "expected [32, 4], got [32, 3]"),

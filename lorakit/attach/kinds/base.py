@@ -11,6 +11,7 @@ from lorakit.attach.kinds.mixed import mixed, refuse_gradients
 from lorakit.attach.site import LowRank, Site, Slot, this_thread
 from lorakit.core.batched import Steps
 from lorakit.core.delta import guarded, output_norms, wide
+from lorakit.errors import AdapterError
 
 Call = Callable[..., Any]
 
@@ -64,6 +65,12 @@ class LeafKind(ABC):
     def forward(self, leaf: nn.Module, site: Site, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The leaf's forward with its active adapters. call: the leaf's own forward."""
         if site.route is not None:
+            if args or kwargs:
+                raise AdapterError(
+                    f"{site.path} ({type(leaf).__name__}) is given more than its input, which cannot be cut into the rows of "
+                    "different adapters (OPT's positions, which are made of the whole mask). Run one adapter at a time with "
+                    "lorakit.use, or leave this module out of the adapter."
+                )
             return self._routed(leaf, site, call, x)
         base: Tensor = call(x, *args, **kwargs)
         y = base

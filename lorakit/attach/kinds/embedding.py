@@ -1,5 +1,6 @@
 """nn.Embedding: weight (vocab, dim); the update of row i is `scale * At[i] Bt`, and At starts at zero (loralib)."""
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from lorakit.attach.kinds.base import Call, LeafKind
 from lorakit.attach.site import Site, Slot
 from lorakit.core.batched import Steps
 from lorakit.core.delta import low_rank_lookup
+from lorakit.errors import TargetError
 
 
 class EmbeddingKind(LeafKind):
@@ -24,6 +26,11 @@ class EmbeddingKind(LeafKind):
 
     def factor_shapes(self, leaf: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, int]]:
         vocab, dim = self.shape(leaf)
+        if len(signature(type(leaf).forward).parameters) > 2:  # self, ids
+            raise TargetError(
+                f"{type(leaf).__name__} is given more than ids, and makes out of them which rows it looks up (positions): a "
+                "low-rank update cannot follow. Leave it out of target_modules, or train it whole (modules_to_save)."
+            )
         return (vocab, r), (r, dim)
 
     def row_width(self, x: Tensor) -> int:

@@ -81,7 +81,7 @@ class TextToImageRun(Run):
             self.recipe.diffusion,
             batch_size=settings.batch_size,
             seed=settings.seed,
-            group_by_length=settings.group_by_length,
+            group_by_length=settings.group_by_length is not False,
             masks=self.encoder.masks,
             empty=self.empty,
         )
