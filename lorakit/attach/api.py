@@ -78,7 +78,8 @@ def attach(
     if isinstance(method, list | tuple):
         method = Several(tuple(method)) if len(method) != 1 else method[0]
     if not isinstance(method, Method):
-        raise UsageError(f"attach expects a method such as lorakit.LoRA(r=8), not {type(method).__name__}.")
+        came = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
+        raise UsageError(f"attach expects a method such as lorakit.LoRA(r=8), not {came}.")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(f"dtype must be a floating-point torch.dtype, not {dtype!r}.")
     host = find_host(model)

@@ -105,7 +105,7 @@ def read_extra(folder: Path) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(extra, dict):
         return {}, [f"{EXTRA}: expected a JSON object"]
     version = extra.get("format", FORMAT)
-    if not isinstance(version, int) or version > FORMAT:
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT:
         return extra, [f"{EXTRA}: format {version!r}, and this lorakit reads up to {FORMAT}: install a newer one"]
     return extra, []
 

@@ -68,7 +68,7 @@ PROMPT = PromptTuning(4, modules_to_save=["classifier"])
         (PROMPT, put(num_virtual_tokens=0), "at least 1"),
         (PROMPT, put(num_virtual_tokens="4"), "whole number"),
         (PROMPT, put(num_virtual_tokens=None), "whole number"),
-        (PROMPT, put(num_virtual_tokens=10**12), "virtual tokens in the file"),
+        (PROMPT, put(num_virtual_tokens=10**9), "virtual tokens in the file"),
         (PROMPT, put(num_transformer_submodules=2), "encoder-decoders"),
         (PROMPT, put(modules_to_save="classifier"), "list of names"),
         (PROMPT, put(modules_to_save=[1]), "names of modules"),
