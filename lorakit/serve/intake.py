@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import FileError, OutputError
+from lorakit.serve.patterns import Tried
 from lorakit.store.layout import EXTRA, TENSORS
 from lorakit.store.layouts import read
 from lorakit.store.peft_config import CONFIG
@@ -64,6 +65,7 @@ def check_files(stage: Path, bounds: AdapterBounds) -> str:
     fault = _header_fault(stage / TENSORS, bounds)
     if fault:
         raise FileError("the adapter cannot be taken in:", [f"{TENSORS}: {fault}"])
+    Tried().check(stage)
     found = read(stage)
     if found.faults:
         raise FileError("the adapter cannot be taken in:", found.faults)

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import FileError
+from lorakit.store.layout import TENSORS
+from lorakit.store.peft_config import CONFIG
 
 SECONDS = 2  # of computing, for all patterns of an adapter on all modules of a model
 PATIENCE = 60.0  # seconds, on a machine that is busy
-MORE = 1024  # names that a configuration may list beyond one for each module
+MORE = 1024  # names that a configuration may list beyond one for each module of the model and layer of the file
 HARMLESS = re.compile(r"[^()\[\]{}*+?]*")
 FORMS = ("{}", r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(\d+)\.")  # as lorakit.attach.targets uses them
 
@@ -39,33 +41,58 @@ for pattern in patterns:
 class Tried:
     """The expressions that were tried on a model's modules. paths: their names. Safe in several threads."""
 
-    def __init__(self, paths: Collection[str]) -> None:
-        self._paths = list(paths)
+    def __init__(self, paths: Collection[str] = ()) -> None:
+        self._paths = frozenset(paths)
         self._fine: set[str] = set()
 
-    def check(self, folder: Path, config: Mapping[str, Any]) -> None:
-        """Raise FileError where an adapter's configuration has more names than the model, or expressions that take too long."""
-        most = MORE + len(self._paths)
-        long = [key for key, value in config.items() if isinstance(value, Sequence | Mapping) and _count(value) > most]
+    def check(self, folder: Path) -> None:
+        """Raise FileError where an adapter's configuration has more names than the model, or expressions that take too long.
+
+        To be called before the folder is read as an adapter. What else is wrong with its files, the reading tells.
+        """
+        config = _config(folder)
+        listed = {key: len(value) for key, value in config.items() if isinstance(value, list | dict)}
+        asked = {text for text in _texts(config) if not HARMLESS.fullmatch(text)}
+        if not asked and max(listed.values(), default=0) <= MORE:
+            return
+        foreign = _layers(folder / TENSORS) - self._paths  # whoever wrote the file chose these as well
+        most = MORE + len(self._paths | foreign)
+        long = [f"{key} has more than the {most:,} names it may" for key, count in listed.items() if count > most]
         if long:
-            raise FileError(
-                f"the adapter in {folder} is refused:",
-                [f"{key} has more than the {most:,} names it may" for key in long],
-            )
-        asked = {text for text in _texts(config) if not HARMLESS.fullmatch(text)} - self._fine
-        if asked and not _ends(sorted(asked), self._paths):
+            raise FileError(f"the adapter in {folder} is refused:", long)
+        if not foreign:
+            asked -= self._fine
+        if asked and not _ends(sorted(asked), sorted(self._paths | foreign)):
+            said = ", ".join(sorted(asked))[:200]
             raise FileError(
                 f"the adapter in {folder} is refused:",
                 [
-                    f"to match its regular expressions takes more than {SECONDS} seconds ({', '.join(sorted(asked))[:200]}): "
-                    "list the modules by their names"
+                    f"to match its regular expressions ({said}) takes more than {SECONDS} seconds: list modules by their names"
                 ],
             )
-        self._fine |= asked
+        if not foreign:
+            self._fine |= asked
 
 
-def _count(value: Sequence[Any] | Mapping[str, Any]) -> int:
-    return 0 if isinstance(value, str) else len(value)
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _layers(path: Path) -> set[str]:
+    """The layers that a file's tensors are of, by the names that are matched."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            keys = list(file.keys())
+    except (SafetensorError, OSError):
+        return set()
+    plain = [key.removeprefix("base_model.model.") for key in keys]
+    return {key.rpartition(".lora_")[0] or key.rpartition(".")[0] for key in plain}
 
 
 def _texts(config: Mapping[str, Any]) -> Iterator[str]:
