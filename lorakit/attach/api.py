@@ -112,7 +112,7 @@ def add(model: nn.Module, record: Record) -> AttachReport:
         before = host.state
         host.records[record.name] = record
         try:
-            host.dress(model)
+            host.dress(model, record)
             host.switch(State(((record.name, 1.0),)))
         except BaseException:
             _forget(model, host, record.name, before)
