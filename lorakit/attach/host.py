@@ -99,6 +99,7 @@ class Host:
         self.flags = dict(flags)
         self.together: list[tuple[str, ...]] = []  # paths of leaves that share an input
         self.joined = False  # whether their sites know of each other
+        self.looked = False  # whether what stands beside the leaves is fused as they are now
         self.owner: str | None = None  # who alone may change what is attached, and switch (a serving bank)
         self.prints: dict[Any, Any] = {}  # what lorakit.store has worked out of the base, by the state that it was in
         self.fed: dict[str, nn.Module] = {}  # feed-forward modules and norms whose class is swapped
@@ -135,7 +136,7 @@ class Host:
             site = self.sites.get(path) or Site(path, None)
             wear(leaf, site, replaced)
             self.leaves[path], self.sites[path] = leaf, site
-        if len(self.leaves) != before or not self.joined:
+        if len(self.leaves) != before or not self.looked:
             self._look_around(model)
 
     def _look_around(self, model: nn.Module) -> None:
@@ -155,7 +156,7 @@ class Host:
                 together += [shared] if len(shared) > 1 else []
             if parent not in self.fed and feed(module):
                 self.fed[parent] = module
-        self.together, self.joined = together, False
+        self.together, self.joined, self.looked = together, False, True
         self._calm(model, below)
 
     def _calm(self, model: nn.Module, parents: Iterable[str]) -> None:
@@ -184,6 +185,7 @@ class Host:
         for module in self.fed.values():
             starve(module)
         self.fed.clear()
+        self.looked = False
 
     def undress(self, keep: Iterable[str] = ()) -> None:
         """Give every leaf that is not in `keep` its own class back."""

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lorakit.errors import RecipeError, UsageError
 from lorakit.models import Loaded
 from lorakit.models.limits import longest_row
 from lorakit.run.recipe import IMAGE_CLASSIFICATION, Recipe
+from lorakit.train.config import TrainConfig
 from lorakit.train.loss import Batch, Objective
 from lorakit.train.packed import packed_objective, packing_for
 from lorakit.train.world import World
@@ -215,13 +217,26 @@ def packed(
             raise RecipeError(f"train.packing is wanted, but {error} Leave it and train.pack_length out.") from error
         note(f"rows are not packed: {error}")
         return objective
-    if train.group_by_length is None and isinstance(batches.order, BatchOrder):
-        batches.order.group_by_length = False
+    _draw_at_random(train, batches)
     padded, batches.pack_length = batches.padding(), _pack_length(train.pack_length, loaded)
     gained = batches.padding()
     if f"{gained:.2f}" != f"{padded:.2f}":
         note(f"rows are packed: {padded:.2f} -> {gained:.2f} positions a token")
     return packed_objective(objective, packing)
+
+
+def as_if_packed(recipe: Recipe, loaded: Loaded, batches: Any) -> None:
+    """Give `batches` the order that `packed` would, where rows cannot be packed themselves: with those of other adapters."""
+    if not recipe.train.packing or not isinstance(batches, EncodedBatches):
+        return
+    with suppress(UsageError):
+        packing_for(loaded.model, recipe.task, pad_id=batches.pad_id)
+        _draw_at_random(recipe.train, batches)
+
+
+def _draw_at_random(train: TrainConfig, batches: EncodedBatches) -> None:
+    if train.group_by_length is None and isinstance(batches.order, BatchOrder):
+        batches.order.group_by_length = False
 
 
 def _pack_length(wanted: int | None, loaded: Loaded) -> int:

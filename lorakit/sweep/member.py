@@ -8,7 +8,7 @@ from torch import nn
 
 from lorakit.attach.api import attach, detach, learning_rates, parameters, use
 from lorakit.evaluate import METRICS
-from lorakit.run.batches import parts_of
+from lorakit.run.batches import as_if_packed, parts_of
 from lorakit.run.begin import begin_from
 from lorakit.run.listen import Listener
 from lorakit.run.recipe import Recipe, to_mapping, to_yaml
@@ -67,6 +67,7 @@ class Member(Run):
         )
         trained, rates = parameters(self.model, self.name), learning_rates(self.model, self.name)
         batches = self.batches(self.train_rows)
+        as_if_packed(self.recipe, self.loaded, batches)
         parts = parts_of(self.recipe, own_loss=False)
         return MemberTrainer(self.model, trained, batches, self.objective, settings, hooks, rates, parts)
 

@@ -60,7 +60,7 @@ def test_a_step_is_the_reference_s_and_detach_gives_the_class_back(monkeypatch):
     monkeypatch.setattr(kernels, "fused", False)
     twin(ids).logits.pow(2).mean().backward()
     for mine, other in zip(lk.parameters(model, "a"), lk.parameters(twin, "a"), strict=True):
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6 * float(other.grad.abs().max()))
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5 * float(other.grad.abs().max()))
     lk.detach(model, "a")
     assert {path: type(module) for path, module in model.named_modules()} == classes
 
