@@ -112,6 +112,7 @@ class Run:
         with self.rescue(trainer):
             trainer.run()
             self.save_adapter()
+        self.world.wait()  # what the first process writes is there for all
         self.trackers.finish()
         if trainer.interrupted and trainer.state.step < trainer.total:
             self.listener.note(f"stopped at step {trainer.state.step:,} of {trainer.total:,}; everything is saved.")
