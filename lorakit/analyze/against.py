@@ -15,7 +15,7 @@ from lorakit.attach.kinds import is_attention, low_rank_kind
 from lorakit.attach.quantized import is_quantized
 from lorakit.errors import UsageError
 from lorakit.models import load
-from lorakit.store.read import fit
+from lorakit.store.layouts import fit
 
 EXACT = 1024  # the narrower side up to which all of a weight's directions are computed
 SPARE, ROUNDS = 16, 8  # of the subspace iteration above it

@@ -45,14 +45,23 @@ def starve(module: nn.Module) -> None:
 
 @cache
 def _fed(base: Any) -> type[nn.Module]:
-    form = feedforward(base)
+    return stand_in(base, _forward_of(base, feedforward(base)), _rebuild)  # type: ignore[arg-type]
+
+
+def stand_in(base: Any, forward: Callable[..., Any], rebuild: Callable[[Any], nn.Module]) -> type[nn.Module]:
+    """A subclass of the same name with another forward. rebuild: makes an empty module of it from `base`, for copies and
+    pickles, which cannot name a class that is made at run time."""
+
+    def reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
+        return rebuild, (base,), self.__getstate__()  # type: ignore[no-untyped-call]
+
     body = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "__reduce_ex__": _reduce,
+        "__reduce_ex__": reduce,
         "_lk_base": base,
-        "forward": _forward_of(base, form),  # type: ignore[arg-type]
+        "forward": forward,
     }
     return type(base.__name__, (base,), body)
 
@@ -108,10 +117,6 @@ def _activation(module: nn.Module | None, training: bool) -> str | None:
     if name == "torch.nn.modules.activation.GELU":
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     return SAME.get(name) or (IN_TRAINING.get(name) if training else None)
-
-
-def _reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
-    return _rebuild, (plain(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def _rebuild(base: Any) -> nn.Module:

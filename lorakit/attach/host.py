@@ -101,7 +101,6 @@ class Host:
         self.joined = False  # whether their sites know of each other
         self.looked = False  # whether what stands beside the leaves is fused as they are now
         self.owner: str | None = None  # who alone may change what is attached, and switch (a serving bank)
-        self.prints: dict[Any, Any] = {}  # what lorakit.store has worked out of the base, by the state that it was in
         self.fed: dict[str, nn.Module] = {}  # feed-forward modules and norms whose class is swapped
 
     def __getstate__(self) -> dict[str, Any]:

@@ -5,8 +5,6 @@ writes (Llama, Mistral, Qwen, ...) and the very same comes out; everywhere else 
 """
 
 import ast
-import inspect
-import textwrap
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.adapted import plain
+from lorakit.attach.feedforward import stand_in
+from lorakit.attach.reading import forward_of, steps
 from lorakit.core import kernels
 from lorakit.core.norm import RootMeanSquareNorm
 
@@ -40,30 +40,13 @@ def fuse_norm(module: nn.Module) -> bool:
 @cache
 def known(cls: Any) -> bool:
     """Whether `cls.forward` is FORM."""
-    try:
-        source = textwrap.dedent(inspect.getsource(cls.forward))
-        return _steps(source) == _steps(FORM)
-    except (OSError, TypeError, SyntaxError, StopIteration):  # built-in, made at run time, or no function
-        return False
-
-
-def _steps(source: str) -> list[str]:
-    function = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
-    own = [node for node in function.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
-    return [ast.dump(node) for node in own]
+    function, form = forward_of(cls), ast.parse(FORM).body[0]
+    return function is not None and [*map(ast.dump, steps(function))] == [*map(ast.dump, form.body)]  # type: ignore[attr-defined]
 
 
 @cache
 def _fused(base: Any) -> type[nn.Module]:
-    body = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "__reduce_ex__": _reduce,
-        "_lk_base": base,
-        "forward": _forward_of(base),
-    }
-    return type(base.__name__, (base,), body)
+    return stand_in(base, _forward_of(base), _rebuild)
 
 
 def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
@@ -88,10 +71,6 @@ def _same(x: Tensor, weight: Tensor) -> bool:
         and not weight.requires_grad
         and x.device == weight.device
     )
-
-
-def _reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
-    return _rebuild, (plain(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def _rebuild(base: Any) -> nn.Module:

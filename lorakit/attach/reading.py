@@ -24,7 +24,7 @@ class Feedforward(NamedTuple):
 @cache
 def siblings(cls: Any) -> tuple[tuple[str, ...], ...]:
     """Groups of children that `cls.forward` calls on one and the same local name, which nothing assigns in between."""
-    function = _forward(cls)
+    function = forward_of(cls)
     if function is None:
         return ()
     calls: dict[str, list[tuple[int, str]]] = {}
@@ -46,10 +46,10 @@ def siblings(cls: Any) -> tuple[tuple[str, ...], ...]:
 def feedforward(cls: Any) -> Feedforward | None:
     """The form of `cls.forward` where it is a feed-forward part: `down(act(gate(x)) * up(x))` (Llama, Mistral, Qwen) or
     `dropout(down(act(up(x))))` in a step a line (GPT-2)."""
-    function = _forward(cls)
+    function = forward_of(cls)
     if function is None:
         return None
-    body = [node for node in function.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+    body = steps(function)
     return _gated(body) or _plain(body)
 
 
@@ -98,7 +98,13 @@ def _plain(body: list[ast.stmt]) -> Feedforward | None:
     return Feedforward(None, names[0], names[2], names[1], names[3]) if len(names) == 4 else None
 
 
-def _forward(cls: type[nn.Module]) -> ast.FunctionDef | None:
+def steps(function: ast.FunctionDef) -> list[ast.stmt]:
+    """What it does, without its docstring."""
+    return [node for node in function.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+
+
+def forward_of(cls: type[nn.Module]) -> ast.FunctionDef | None:
+    """The source of `cls.forward`; None where it has none."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
     except (OSError, TypeError, SyntaxError):  # built-in, made at run time, or a lambda inside an expression

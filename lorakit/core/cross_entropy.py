@@ -5,6 +5,7 @@ loss, while the chunk's logits are there, so nothing of the vocabulary's width o
 twice. With W frozen that gradient, `(softmax - target) W`, is all that backward needs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,54 +19,72 @@ CHUNK = 256  # rows; fewer make the products slow, more need memory for nothing
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float) -> Tensor:
-    """The summed cross-entropy of `hidden W^T + bias`. hidden: (rows, dim); weight: (classes, dim), frozen; labels: (rows,).
+    """The summed cross-entropy of `hidden W^T + bias`: grouped_cross_entropy of one stretch, ()."""
+    return grouped_cross_entropy(hidden, weight, bias, labels, (len(labels),), smoothing)[0]
 
-    smoothing: the share of the target's probability that is spread over all classes. A second derivative is refused.
-    Under autocast the products are in its type, as those of a linear layer are, and the loss in float32 as ever.
+
+def grouped_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, counts: Sequence[int], smoothing: float
+) -> Tensor:
+    """The summed cross-entropy of each stretch of rows of `hidden W^T + bias`, (stretches,), in one walk through the head.
+
+    hidden: (rows, dim); weight: (classes, dim), frozen; labels: (rows,); counts: rows of each stretch, in order. smoothing:
+    the share of the target's probability that is spread over all classes. A second derivative is refused. Under autocast
+    the products are in its type, as those of a linear layer are, and the loss in float32 as ever.
     """
     if kernels.autocasting(hidden):
         dtype, device = torch.get_autocast_dtype(hidden.device.type), hidden.device.type
         with torch.autocast(device, enabled=False):
-            return HeadCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), bias, labels, smoothing)  # type: ignore[no-any-return,no-untyped-call]
-    return HeadCrossEntropy.apply(hidden, weight, bias, labels, smoothing)  # type: ignore[no-any-return,no-untyped-call]
+            return grouped_cross_entropy(hidden.to(dtype), weight.to(dtype), bias, labels, counts, smoothing)
+    return GroupedCrossEntropy.apply(hidden, weight, bias, labels, tuple(counts), smoothing)  # type: ignore[no-any-return,no-untyped-call]
 
 
-class HeadCrossEntropy(torch.autograd.Function):
-    """See the module and head_cross_entropy."""
+class GroupedCrossEntropy(torch.autograd.Function):
+    """See grouped_cross_entropy."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        counts: tuple[int, ...],
+        smoothing: float,
     ) -> Tensor:
-        need = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if need else None
-        classes = weight.shape[0]
-        buffer = hidden.new_empty(min(CHUNK, hidden.shape[0]), classes)
-        total = hidden.new_zeros((), dtype=wide(hidden.dtype))
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        losses = hidden.new_zeros(hidden.shape[0], dtype=wide(hidden.dtype))  # a row each
+        buffer = hidden.new_empty(min(CHUNK, hidden.shape[0]), weight.shape[0])
         for start in range(0, hidden.shape[0], CHUNK):
-            rows = hidden[start : start + CHUNK]
-            wanted = labels[start : start + CHUNK, None]
+            rows, wanted = hidden[start : start + CHUNK], labels[start : start + CHUNK, None]
             logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
-            values = logits.to(total.dtype)  # the buffer itself, but for half precision
+            values = logits.to(losses.dtype)  # the buffer itself, but for half precision
             if bias is not None:
                 values += bias
-            values -= values.amax(-1, keepdim=True)
-            hit = values.gather(1, wanted)
-            spread = values.mean(-1).sum() if smoothing else 0.0
-            sums = values.exp_().sum(-1, keepdim=True)  # one pass of exp serves the loss and the softmax
-            total += (sums.log() - (1 - smoothing) * hit).sum() - smoothing * spread
+            losses[start : start + CHUNK] = _row_losses(values, wanted, smoothing)
             if gradient is not None:
-                # softmax - (1 - smoothing) onehot - smoothing / classes, in place
-                values /= sums
-                if smoothing:
-                    values -= smoothing / classes
-                values.scatter_add_(1, wanted, torch.full_like(hit, smoothing - 1))
                 torch.mm(values.to(weight.dtype), weight, out=gradient[start : start + CHUNK])
         ctx.save_for_backward(gradient)
-        return total
+        ctx.counts = counts
+        return torch.stack([part.sum() for part in torch.split(losses, list(counts))])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None, None
+        counts = torch.tensor(ctx.counts, device=grad.device)
+        weights = grad.to(gradient.dtype).repeat_interleave(counts, output_size=gradient.shape[0])
+        return gradient * weights[:, None], None, None, None, None, None
+
+
+def _row_losses(values: Tensor, wanted: Tensor, smoothing: float) -> Tensor:
+    """The loss of each row of logits, which are overwritten by their gradient. values: (rows, classes); wanted: (rows, 1)."""
+    values -= values.amax(-1, keepdim=True)
+    hit = values.gather(1, wanted)
+    spread = values.mean(-1, keepdim=True) if smoothing else torch.zeros_like(hit)
+    sums = values.exp_().sum(-1, keepdim=True)  # one pass of exp serves the loss and the softmax
+    values /= sums
+    if smoothing:
+        values -= smoothing / values.shape[1]
+    values.scatter_add_(1, wanted, torch.full_like(hit, smoothing - 1))
+    return (sums.log() - (1 - smoothing) * hit - smoothing * spread)[:, 0]

@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.core.autograd import check_epoch
-from lorakit.core.cross_entropy import CHUNK
-from lorakit.core.delta import wide
 from lorakit.core.siblings import product
 
 Span = tuple[int, int]
@@ -159,65 +157,3 @@ def _base_gradient(places: list[_Places], tensors: Sequence[Any], dys: Sequence[
             W = tensors[one.weight].t() if one.transposed else tensors[one.weight]
             dx = dy @ W if dx is None else dx.addmm_(dy, W)
     return dx
-
-
-def grouped_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, counts: Sequence[int], smoothing: float
-) -> Tensor:
-    """The summed cross-entropy of each stretch of rows of `hidden W^T + bias`, (stretches,), in one walk through a frozen head.
-
-    hidden: (rows, dim); weight: (classes, dim); labels: (rows,); counts: rows of each stretch, in order. The logits are not
-    kept (lorakit.core.cross_entropy). smoothing: the share of the target's probability that is spread over all classes.
-    """
-    return GroupedCrossEntropy.apply(hidden, weight, bias, labels, tuple(counts), smoothing)  # type: ignore[no-any-return,no-untyped-call]
-
-
-class GroupedCrossEntropy(torch.autograd.Function):
-    """See grouped_cross_entropy."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        counts: tuple[int, ...],
-        smoothing: float,
-    ) -> Tensor:
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        losses = hidden.new_zeros(hidden.shape[0], dtype=wide(hidden.dtype))  # a row each
-        buffer = hidden.new_empty(min(CHUNK, hidden.shape[0]), weight.shape[0])
-        for start in range(0, hidden.shape[0], CHUNK):
-            rows, wanted = hidden[start : start + CHUNK], labels[start : start + CHUNK, None]
-            logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
-            if bias is not None:
-                logits += bias
-            values = logits.to(losses.dtype)
-            losses[start : start + CHUNK] = _row_losses(values, wanted, smoothing)
-            if gradient is not None:
-                torch.mm(values.to(weight.dtype), weight, out=gradient[start : start + CHUNK])
-        ctx.save_for_backward(gradient)
-        ctx.counts = counts
-        return torch.stack([part.sum() for part in torch.split(losses, list(counts))])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        counts = torch.tensor(ctx.counts, device=grad.device)
-        weights = grad.to(gradient.dtype).repeat_interleave(counts, output_size=gradient.shape[0])
-        return gradient * weights[:, None], None, None, None, None, None
-
-
-def _row_losses(values: Tensor, wanted: Tensor, smoothing: float) -> Tensor:
-    """The loss of each row of logits, which are overwritten by their gradient. values: (rows, classes); wanted: (rows, 1)."""
-    values -= values.amax(-1, keepdim=True)
-    hit = values.gather(1, wanted)
-    spread = values.mean(-1, keepdim=True) if smoothing else torch.zeros_like(hit)
-    sums = values.exp_().sum(-1, keepdim=True)  # one pass of exp serves the loss and the softmax
-    values /= sums
-    if smoothing:
-        values -= smoothing / values.shape[1]
-    values.scatter_add_(1, wanted, torch.full_like(hit, smoothing - 1))
-    return (sums.log() - (1 - smoothing) * hit - smoothing * spread)[:, 0]

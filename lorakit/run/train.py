@@ -76,7 +76,9 @@ def kind_of(task: str) -> "type[Run]":
 
 
 class Run:
-    """One run from recipe to report; each method is one part of it."""
+    """One run from recipe to report; each method is one part of it. name: of its adapter on the model."""
+
+    name = NAME
 
     def __init__(self, recipe: Recipe, loss: Loss | None, listener: Listener) -> None:
         self.world = join()
@@ -100,7 +102,7 @@ class Run:
         self.read_data()
         self.load_model()
         if self.recipe.start_from is not None and not resume:  # a checkpoint holds what came of it
-            begin_from(self.model, self.recipe.start_from, NAME)
+            begin_from(self.model, self.recipe.start_from, self.name)
         self.encode()
         trainer = self.trainer()
         if resume:
@@ -196,7 +198,7 @@ class Run:
 
     def adapt(self) -> None:
         # Adapters are trained in float32 whatever the base is in: small steps vanish in half precision.
-        report = attach(self.model, self.method(), name=NAME, dtype=torch.float32, seed=self.recipe.train.seed)
+        report = attach(self.model, self.method(), name=self.name, dtype=torch.float32, seed=self.recipe.train.seed)
         self.listener.note(
             f"{report.trainable:,} of {report.total:,} parameters are trained ({report.trainable / report.total:.2%})"
         )
@@ -245,7 +247,7 @@ class Run:
             self.objective, self.measured = (
                 pruned_objective(one, self.model) for one in (self.objective, self.measured)
             )
-        trained, rates = parameters(self.model, NAME), learning_rates(self.model, NAME)
+        trained, rates = parameters(self.model, self.name), learning_rates(self.model, self.name)
         given: dict[str, Any] = {"own_loss": own is not None, "note": note, "world": self.world}
         feed, self.objective = prefixed(self.recipe, self.model, batches, self.objective, **given)
         parts = parts_of(self.recipe, own_loss=own is not None)
@@ -356,7 +358,7 @@ class Run:
         notes = {"model": self.recipe.model, "task": self.recipe.task, "label_names": self.train_set.label_names}
         if self.recipe.base.quantize is not None:
             notes |= {"quantize": self.recipe.base.quantize, "base_dtype": self.recipe.base.dtype}
-        save(self.model, self.folder.adapter, NAME, notes=notes)
+        save(self.model, self.folder.adapter, self.name, notes=notes)
 
     def measure_adapter(self) -> dict[str, float]:
         dataset = self.measured_set

@@ -4,7 +4,7 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -57,20 +57,9 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str | None:
     known = None if host is None else host.flags
     named = ((f"{path}.{key}" if path else key, parameter) for path, key, parameter in parameters_of(model))
     own = [(name, one) for name, one in named if name not in without and (known is None or name in known)]
-    if host is None:
-        return _fingerprint(own)
-    # A model with adapters is asked again and again. In-place changes count a version up; new tensors are other objects.
-    state = tuple((name, id(one), -1 if one.is_inference() else one._version) for name, one in own)
-    if host.prints.get("state") != state:
-        host.prints = {"state": state, "fingerprint": _fingerprint(own)}
-    found: str | None = host.prints["fingerprint"]
-    return found
-
-
-def _fingerprint(parameters: Sequence[tuple[str, Tensor]]) -> str | None:
     names: list[str] = []
     samples: list[Tensor] = []
-    for name, parameter in parameters:
+    for name, parameter in own:
         if parameter.device.type == "meta":
             return None
         shape = dense_shape(parameter)

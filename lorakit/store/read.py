@@ -17,7 +17,6 @@ from lorakit.store.layout import (
     FORMAT,
     TENSORS,
     Stored,
-    base_faults,
     hash_faults_beside,
     read_extra,
     read_tensors_of,
@@ -26,7 +25,7 @@ from lorakit.store.layout import (
 from lorakit.store.peft_config import CONFIG, read_config
 from lorakit.store.peft_folder import BIAS, MAGNITUDE, Parsed, parse, to_draft
 
-__all__ = ["EXTRA", "FORMAT", "TENSORS", "AdapterFile", "checked", "fit", "locate", "read_folder"]
+__all__ = ["EXTRA", "FORMAT", "TENSORS", "AdapterFile", "checked", "locate", "read_folder"]
 FILES = tuple(
     f"{below}{file}" for below in ("", "*/") for file in (CONFIG, TENSORS, EXTRA)
 )  # a combination has subfolders
@@ -109,22 +108,6 @@ def _beside_faults(parsed: Parsed, method: LoRA) -> list[str]:
         else:
             faults += [f"{path}.{name}: in the file, but {CONFIG} does not say {key}" for path in group]
     return faults
-
-
-def fit(found: AdapterFile, model: nn.Module, *, check_base: bool) -> tuple[LoRA, Draft]:
-    """The method and draft of a read folder on `model`. Raises FileError with every fault of the file and of the fit."""
-    more: list[str] = []
-    drafted: tuple[LoRA, Draft] | None = None
-    if found.method is not None and found.tensors:
-        method, draft, more = on_model(found, found.method, model)
-        more += base_faults(found, model) if check_base else []
-        drafted = method, draft
-    found.settle()
-    faults = found.faults + more
-    if drafted is not None and not faults:
-        return drafted
-    what = "cannot be loaded" if found.faults else f"does not fit this {type(model).__name__}"
-    raise FileError(f"the adapter in {found.folder} {what}:", faults)
 
 
 def on_model(found: AdapterFile, method: LoRA, model: nn.Module) -> tuple[LoRA, Draft, list[str]]:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lorakit.attach.adapted import plain
 from lorakit.core import kernels
-from lorakit.core.grouped import grouped_cross_entropy
+from lorakit.core.cross_entropy import grouped_cross_entropy
 from lorakit.data import IGNORE
 from lorakit.errors import UsageError
 from lorakit.train.head import hidden_states, summed_cross_entropy

@@ -13,7 +13,6 @@ from lorakit.run.begin import begin_from
 from lorakit.run.listen import Listener
 from lorakit.run.recipe import Recipe, to_mapping, to_yaml
 from lorakit.run.train import Run
-from lorakit.store.api import save
 from lorakit.sweep.joint import MemberTrainer
 from lorakit.train.loop import Hooks
 from lorakit.train.prune import pruned_objective
@@ -78,12 +77,6 @@ class Member(Run):
     def evaluate(self) -> dict[str, float]:
         with use(self.model, self.name):
             return super().evaluate()
-
-    def save_adapter(self) -> None:
-        notes = {"model": self.recipe.model, "task": self.recipe.task, "label_names": self.train_set.label_names}
-        if self.recipe.base.quantize is not None:
-            notes |= {"quantize": self.recipe.base.quantize, "base_dtype": self.recipe.base.dtype}
-        save(self.model, self.folder.adapter, self.name, notes=notes)
 
     def finish(self, trainer: MemberTrainer, failed: str | None) -> None:
         """Save the adapter, measure it, and write summary and report. failed: what ended its training early."""

@@ -351,3 +351,15 @@ def test_programs_for_lora_say_what_they_were_given(tmp_path: Path) -> None:
             lk.analyze(folder)
         with pytest.raises(FileError, match="only LoRA has a place in other programs' files"):
             lk.convert(folder, tmp_path / "out", to="kohya")
+
+
+def test_a_base_that_was_changed_under_its_adapters_is_another_base(tmp_path: Path) -> None:
+    """Also by the old way through `.data`, of which autograd's version knows nothing."""
+    model = tiny.llama()
+    lk.attach(model, lk.LoRA(r=2), name="a")
+    folder = lk.save(model, tmp_path / "a", name="a")
+    lk.load(model, folder, name="b")
+    for parameter in model.model.embed_tokens.parameters():
+        parameter.data.normal_()
+    with pytest.raises(lk.LorakitError, match="trained on another base"):
+        lk.load(model, folder, name="c")

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 import lorakit as lk
 from lorakit.core import kernels
-from lorakit.core.cross_entropy import CHUNK, head_cross_entropy
-from lorakit.core.grouped import Layer, Pair, grouped_cross_entropy, grouped_linear, stretches
+from lorakit.core.cross_entropy import CHUNK, grouped_cross_entropy, head_cross_entropy
+from lorakit.core.grouped import Layer, Pair, grouped_linear, stretches
 from lorakit.errors import AdapterError
 
 MARK = torch.tensor(1)

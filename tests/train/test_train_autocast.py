@@ -7,7 +7,7 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.core import cross_entropy, kernels
-from lorakit.core.cross_entropy import HeadCrossEntropy, head_cross_entropy
+from lorakit.core.cross_entropy import GroupedCrossEntropy, head_cross_entropy
 from lorakit.train.config import TrainConfig
 from lorakit.train.loss import objective_for
 
@@ -42,13 +42,13 @@ def test_the_loss_is_that_of_a_linear_layer_under_autocast(weight, smoothing, mo
 def test_a_bf16_run_takes_its_loss_in_chunks(make_trainer, monkeypatch, dtype):
     """And learns what one does whose loss comes from the model's logits."""
     calls, found = [], []
-    forward = HeadCrossEntropy.forward
+    forward = GroupedCrossEntropy.forward
 
     def counted(ctx, hidden, *rest):
         calls.append(hidden.dtype)
         return forward(ctx, hidden, *rest)
 
-    monkeypatch.setattr(HeadCrossEntropy, "forward", staticmethod(counted))
+    monkeypatch.setattr(GroupedCrossEntropy, "forward", staticmethod(counted))
     for fused in (True, False):
         monkeypatch.setattr(kernels, "fused", fused)
         model = tiny.llama().to(dtype)
