@@ -1,11 +1,14 @@
 """The command line: a lazy table of verbs, one file a verb; no tensor code."""
 
+import atexit
 import functools
+import gc
 import importlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lorakit.errors import LorakitError
@@ -78,7 +81,18 @@ def _closed() -> None:
 
 
 def _module(verb: str) -> Any:
-    return importlib.import_module(f"lorakit.cli.{verb}")
+    with uncollected():
+        return importlib.import_module(f"lorakit.cli.{verb}")
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the cyclic collector: importing makes a million objects that stay, which it would look through time and again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _guarded(function: Callable[..., None]) -> Callable[..., None]:
@@ -94,6 +108,8 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit code 0, 1 (failed: one message, no traceback) or 2 (wrong command line)."""
+    if arguments is None:
+        atexit.register(gc.freeze)  # a last look through all that was imported takes most of a second, and finds nothing
     words = list(sys.argv[1:] if arguments is None else arguments)
     verb = next((word for word in words if not word.startswith("-")), None)
     with warnings.catch_warnings():

@@ -8,6 +8,7 @@ import typer
 
 import lorakit
 from lorakit.attach.method import Method
+from lorakit.cli import uncollected
 from lorakit.cli.show import plural, print_json, print_table
 from lorakit.errors import UsageError
 from lorakit.methods.lora import LoRA
@@ -38,18 +39,19 @@ def run(
 ) -> None:
     """Example: lorakit plan gpt3-175b --r 4 --targets q,v"""
     settings = {key: value for key, value in (("alpha", alpha), ("dropout", dropout)) if value is not None}
-    found = plan(
-        model,
-        _methods(method, r, targets or [], settings),
-        batch=batch,
-        length=length,
-        dtype=dtype,
-        adapter_dtype=adapter_dtype,
-        optimizer=optimizer,
-        checkpointing=checkpointing,
-        task=task,
-        device=device,
-    )
+    with uncollected():
+        found = plan(
+            model,
+            _methods(method, r, targets or [], settings),
+            batch=batch,
+            length=length,
+            dtype=dtype,
+            adapter_dtype=adapter_dtype,
+            optimizer=optimizer,
+            checkpointing=checkpointing,
+            task=task,
+            device=device,
+        )
     if as_json:
         print_json(asdict(found))
     else:
