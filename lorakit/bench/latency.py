@@ -146,8 +146,15 @@ def bench_latency(config: LatencyBench, listener: Listener | None = None) -> Lat
         for one in settings:
             listener.stage(f"{one}, about {one.parameters:,} parameters each, {config.trials} trials")
             results.append(SettingResult(one, _measure(model, one, config, listener.progress)))
+            listener.note(_in_short(results[-1]))
     total = sum(parameter.numel() for parameter in model.parameters())
     return LatencyReport(config, total, machine(), results)
+
+
+def _in_short(result: SettingResult) -> str:
+    """For whoever waits, or stops the measurement before its last setting."""
+    sides = [f"{side.side} {side.ratio_mean:.3f} ± {side.ratio_spread:.3f}" for side in result.sides if side.side != FULL]
+    return f"{result.setting}, over full fine-tuning: {', '.join(sides)}"
 
 
 def _model(config: LatencyBench) -> tuple[Any, int | None]:
