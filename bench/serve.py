@@ -186,8 +186,8 @@ def _steps(
 
     def serve(strict: bool) -> Callable[[], Any]:
         def run() -> None:
-            bank.live.spread(None)
-            bank.live.spread(index, strict=strict)  # the plan is made anew, as each step of an engine does
+            bank.live.plain()
+            bank.live.spread(index, strict=strict)  # told anew, as each step of an engine is
             bank.model(ids, use_cache=False)
 
         return run

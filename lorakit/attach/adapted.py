@@ -55,10 +55,13 @@ def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         site: Site = self._lk_site  # type: ignore[assignment]
+        ready = site.ready
+        if ready is not None and not is_compiling() and not is_grad_enabled() and ready.fits(*args, **kwargs):
+            return ready.add_(self, base_forward(self, *args), *args)
         if not is_compiling():
             attend(site)
         inner = site.inner
-        if not site.active:
+        if not site.active or (site.route is not None and site.route.idle and not is_grad_enabled()):
             return base_forward(self, *args, **kwargs) if inner is None else inner(*args, **kwargs)
         call = partial(base_forward, self) if inner is None else inner
         if site.inserts:

@@ -71,7 +71,8 @@ class Site:
     """The state of one adapted leaf. It does not refer to the host, so that a leaf can be copied on its own."""
 
     __slots__ = (
-        "active", "born", "epoch", "group", "inner", "inserts", "kept", "mark", "only", "path", "route", "seen", "thread",
+        "active", "born", "epoch", "group", "inner", "inserts", "kept", "mark", "only", "path", "ready", "route", "seen",
+        "thread",
     )  # fmt: skip
 
     def __init__(self, path: str, inner: Callable[..., Any] | None) -> None:
@@ -81,6 +82,7 @@ class Site:
         self.inserts = False  # whether any of them computes something besides the leaf
         self.route: Route | None = None
         self.only: dict[int, int] = {}  # thread -> the one slot that is on while it computes a routed group; -1 = base
+        self.ready: Any = None  # lorakit.attach.kinds.mixed.Ready: the way through a served step, as the call before found it
         self.group: Any = None  # lorakit.attach.group.Group: the layers that share this one's input
         self.kept: dict[int, dict[str, Tensor]] = {}  # thread -> raw parameters as adapted, while a forward runs
         self.epoch = 0  # the host's epoch when this site was last switched
@@ -91,7 +93,7 @@ class Site:
     def __getstate__(self) -> dict[str, Any]:
         """All but what holds in this process alone."""
         state = {name: getattr(self, name) for name in self.__slots__}
-        return state | {"born": 0, "thread": 0, "only": {}, "kept": {}, "group": None}
+        return state | {"born": 0, "thread": 0, "only": {}, "kept": {}, "group": None, "ready": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
@@ -99,7 +101,7 @@ class Site:
 
     def switch(self, active: tuple[Slot, ...], route: Route | None, epoch: int, mark: Tensor) -> None:
         """mark: a 0-dim CPU tensor that holds `epoch` (see lorakit.core.autograd.check_epoch)."""
-        self.active, self.route, self.epoch, self.mark = active, route, epoch, mark
+        self.active, self.route, self.epoch, self.mark, self.ready = active, route, epoch, mark, None
         self.inserts = any(slot.inserts for slot in active)
         self.born, self.thread = torch._C._autograd._get_sequence_nr(), get_ident()
 

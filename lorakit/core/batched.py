@@ -1,25 +1,37 @@
 """One batch, many low-rank pairs, without gradients: each token of a step takes the pair of its own adapter.
 
 A layer's pairs stand one below the other in a `Stack`, each with its true rank. A `Plan` says which adapter each token
-of a step takes; `Steps`, made once a step and layout and shared by all layers that have it, are the way there:
+of a step takes; `Steps`, made once a step and layout and shared by all layers that have it, are the way there (computed
+in lorakit.core.ways):
 
 - one adapter for all tokens: two plain products (Punica's and S-LoRA's kernels have no such case);
 - runs of tokens (a prompt): two plain products on each run, a view of the input, no copy;
-- single tokens (decoding), few ranks in all: one product with every pair, times a mask of scales, one product back;
-- single tokens, many ranks: each token's own pair is gathered (Chen et al., 2023, "Punica", section 4), and multiplied in
-  batches of one rank. Strict: always this, so that a token's low-rank part has the bits that it has alone.
+- single tokens (decoding) of adapters of one rank that stand side by side: a `Grid`, two batched products over views of
+  the stack, so that each pair is read once and nothing is copied but, where they are out of order, the tokens;
+- single tokens of few, unlike ranks: one product with every pair, times a mask of scales, one product back;
+- of many, unlike ranks: each token's own pair is gathered (Chen et al., 2023, "Punica", section 4), and multiplied in
+  batches of one rank.
+
+Strict: a token is multiplied in a batch of matrices, in a grid or gathered, and so has the bits that it has alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lorakit.core.ways import Bound, Bucket, Grid, alone, gathered, grid, masked, rescaled, run
+
 FEW = 128  # ranks up to which one product with every pair beats gathering each token's own
 LONG = 16  # tokens from which a run is worth products of its own
+LITTLE = 512  # tokens times ranks below which a mask costs less than putting tokens in order for a grid
+GRIDS = 3  # more than so many in one step cost more than the other ways
+LAYOUTS = 64  # of stacks for which a plan, and steps for which a stack, keeps what was worked out
 
 Segment = tuple[int, int]  # (adapter, -1 for the base; number of tokens)
+Single = tuple[int, "Span"]  # (token, its pair's rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +60,7 @@ class Stack:
         self.gains: dict[int, Tensor] = {}
         self.shifts: dict[int, Tensor] = {}
         self._cuts: dict[Segment, tuple[Tensor, Tensor]] = {}
+        self._bound: dict[Steps, Bound] = {}
 
     def cut(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Views of some rows: A transposed (in, r) and Bt (r, out); kept, for making one costs as much as a small product."""
@@ -62,6 +75,16 @@ class Stack:
         """Take larger tensors that hold the same rows."""
         self.A, self.Bt = A, Bt
         self._cuts.clear()
+        self._bound.clear()
+
+    def bound(self, steps: "Steps") -> Bound:
+        """What the steps compute with this stack; kept, for the step of the next token is mostly the same."""
+        found = self._bound.get(steps)
+        if found is None:
+            if len(self._bound) >= LAYOUTS:
+                self._bound.clear()
+            found = self._bound[steps] = _bound(self, steps)
+        return found
 
 
 @dataclass
@@ -74,23 +97,14 @@ class Tables:
     gains: dict[int, Tensor] = field(default_factory=dict)  # as in a Stack
 
 
-@dataclass(slots=True)
-class Bucket:
-    """Single tokens with pairs of one rank. where: the tokens (n,), None = all; rows: (n r,) of the stack; scales: (n, 1, 1)."""
-
-    where: Tensor | None
-    rows: Tensor
-    rank: int
-    scales: Tensor
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Steps:
     """How a step's tokens reach their pairs in stacks of one layout. See the module."""
 
     runs: list[tuple[int, int, int]]  # (from, to, adapter) of every token that has one
     alone: Span | None = None
     long: list[tuple[int, int, Span]] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
     window: Segment | None = None
     where: Tensor | None = None  # the tokens of the mask; None = all
     mask: Tensor | None = None  # (n, rows of the window)
@@ -115,6 +129,8 @@ class Plan:
         key = (stack.key, like.dtype, like.device)
         found = self._steps.get(key)
         if found is None:
+            if len(self._steps) >= LAYOUTS:
+                self._steps.clear()
             found = self._steps[key] = _steps(self, stack.spans, like)
         return found
 
@@ -138,15 +154,36 @@ def _steps(plan: Plan, spans: dict[int, Span], like: Tensor) -> Steps:
     single = [
         (token, spans[adapter]) for start, end, adapter in runs if end - start < least for token in range(start, end)
     ]
-    if not single:
-        return steps
-    window = (min(span.start for _, span in single), max(span.end for _, span in single))
-    if plan.strict or window[1] - window[0] > FEW:
-        steps.buckets = _buckets(single, plan.total, like)
-    else:
-        steps.window = window
-        steps.where, steps.mask = _mask(single, window, None if steps.long else plan.total, like)
+    way = _strictly if plan.strict else _freely
+    way(steps, single, plan.total, like)
     return steps
+
+
+def _strictly(steps: Steps, single: list[Single], total: int, like: Tensor) -> None:
+    """Each adapter's first token in a grid, where there are few of those; what is left gathered."""
+    first = [(token, span) for span, token in {span: token for token, span in reversed(single)}.items()]
+    blocks = _blocks(first)
+    if len(blocks) <= GRIDS:
+        steps.grids = [_grid(block, total, like, strict=True) for block in blocks]
+        single = [one for one in single if one not in first]
+    steps.buckets = _buckets(single, total, like)
+
+
+def _freely(steps: Steps, single: list[Single], total: int, like: Tensor) -> None:
+    if not single:
+        return
+    window = (min(span.start for _, span in single), max(span.end for _, span in single))
+    rows = window[1] - window[0]
+    grids = [_grid(block, total, like, strict=False) for block in _blocks(single)]
+    ordered = len(grids) == 1 and grids[0].tokens is not None
+    few = rows <= FEW
+    if ordered or (len(grids) <= GRIDS and not (few and rows * len(single) < LITTLE)):
+        steps.grids = grids
+    elif few:
+        steps.window = window
+        steps.where, steps.mask = _mask(single, window, None if steps.long else total, like)
+    else:
+        steps.buckets = _buckets(single, total, like)
 
 
 def _runs(plan: Plan, spans: dict[int, Span]) -> list[tuple[int, int, int]]:
@@ -164,7 +201,7 @@ def _runs(plan: Plan, spans: dict[int, Span]) -> list[tuple[int, int, int]]:
 
 
 def _mask(
-    single: list[tuple[int, Span]], window: Segment, total: int | None, like: Tensor
+    single: list[Single], window: Segment, total: int | None, like: Tensor
 ) -> tuple[Tensor | None, Tensor]:
     """(tokens or None for all, mask). total: the number of all tokens, where all take part; those of no adapter get 0."""
     start, end = window
@@ -177,7 +214,7 @@ def _mask(
     return where, mask
 
 
-def _buckets(single: list[tuple[int, Span]], total: int, like: Tensor) -> list[Bucket]:
+def _buckets(single: list[Single], total: int, like: Tensor) -> list[Bucket]:
     buckets = []
     for rank in dict.fromkeys(span.rank for _, span in single):
         chosen = [(token, span) for token, span in single if span.rank == rank]
@@ -190,58 +227,96 @@ def _buckets(single: list[tuple[int, Span]], total: int, like: Tensor) -> list[B
     return buckets
 
 
+def _blocks(single: list[Single]) -> list[list[Single]]:
+    """The tokens, by the rows of their pairs, cut so that those of each part have one rank and stand side by side.
+
+    Rows of another's between two of them are crossed where they are no more than those of a pair: a grid passes over them.
+    """
+    blocks: list[list[Single]] = []
+    first = last = None
+    for token, span in sorted(single, key=lambda one: (one[1].start, one[0])):
+        side_by_side = (
+            first is not None
+            and last is not None
+            and span.rank == first.rank
+            and (span.start - first.start) % span.rank == 0
+            and span.start - last.end <= span.rank
+        )
+        if not side_by_side:
+            blocks.append([])
+            first = span
+        blocks[-1].append((token, span))
+        last = span
+    return blocks
+
+
+def _grid(block: list[Single], total: int, like: Tensor, *, strict: bool) -> Grid:
+    first, rank = block[0][1].start, block[0][1].rank
+    lines: list[list[Single]] = [[] for _ in range((block[-1][1].end - first) // rank)]
+    for token, span in block:
+        lines[(span.start - first) // rank].append((token, span))
+    depth = max(len(line) for line in lines)
+    tokens = [token for token, _ in block]
+    full = len(tokens) == depth * len(lines)
+    ordered = full and tokens == list(range(tokens[0], tokens[-1] + 1))
+    scales = {span.scale for _, span in block}
+    made = Grid(first, rank, len(lines), depth)
+    if strict or len(scales) > 1:
+        column = [line[0][1].scale if line else 0.0 for line in lines]
+        made.scales = torch.tensor(column, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+    else:
+        made.scale = scales.pop()
+    if ordered:
+        made.tokens = (tokens[0], tokens[-1] + 1)
+        return made
+    places = {token: k * depth + j for k, line in enumerate(lines) for j, (token, _) in enumerate(line)}
+    take = [tokens[0]] * (depth * len(lines))  # a place of no token is given one, whose product no one takes
+    for token, place in places.items():
+        take[place] = token
+    chosen = sorted(tokens)
+    made.take = torch.tensor(take, device=like.device)
+    made.back = torch.tensor([places[token] for token in chosen], device=like.device)
+    made.where = None if len(chosen) == total else torch.tensor(chosen, device=like.device)
+    return made
+
+
+def _bound(stack: Stack, steps: Steps) -> Bound:
+    made = Bound()
+    if not steps.runs:
+        return made
+    if steps.owner is not None:
+        gains = _table(stack.gains, steps.members, stack, 1)
+        shifts = _table(stack.shifts, steps.members, stack, 0)
+        if gains is not None or shifts is not None:
+            made.rescale = partial(rescaled, gains, shifts, steps.owner)
+    if steps.alone is not None:
+        made.ways.append(partial(alone, *stack.cut(steps.alone.start, steps.alone.end), steps.alone.scale))
+    for start, end, span in steps.long:
+        made.ways.append(partial(run, start, end, *stack.cut(span.start, span.end), span.scale))
+    for one in steps.grids:
+        made.ways.append(partial(grid, one, *one.views(stack.A, stack.Bt)))
+    if steps.window is not None and steps.mask is not None:
+        made.ways.append(partial(masked, *stack.cut(*steps.window), steps.mask, steps.where))
+    made.ways += [partial(gathered, stack.A, stack.Bt, bucket) for bucket in steps.buckets]
+    return made
+
+
+def _table(own: dict[int, Tensor], members: list[int], stack: Stack, neutral: int) -> Tensor | None:
+    """(members + 1, out): a row a member, less `neutral`, and one of zeros for tokens of none; None where no one has any."""
+    if not any(member in own for member in members):
+        return None
+    zero = stack.Bt.new_zeros(stack.Bt.shape[1])
+    rows = [(own[member] - neutral).to(zero.dtype) if member in own else zero for member in members]
+    return torch.stack([*rows, zero])
+
+
 def add_batched_(y: Tensor, x: Tensor, stack: Stack, steps: Steps, bias: Tensor | None) -> Tensor:
     """Add to y, in place, what each token's adapter adds. y: (tokens, out), contiguous; x: (tokens, in), of y's type.
 
     bias: the layer's own, which DoRA's gain does not multiply.
     """
-    if not steps.runs:
-        return y
-    if stack.gains or stack.shifts:
-        _rescale_(y, stack, steps, bias)
-    if steps.alone is not None:
-        At, Bt = stack.cut(steps.alone.start, steps.alone.end)
-        return y.addmm_(x @ At, Bt, alpha=steps.alone.scale)
-    for start, end, span in steps.long:
-        At, Bt = stack.cut(span.start, span.end)
-        y[start:end].addmm_(x[start:end] @ At, Bt, alpha=span.scale)
-    if steps.window is not None and steps.mask is not None:
-        At, Bt = stack.cut(*steps.window)
-        if steps.where is None:
-            y.addmm_((x @ At).mul_(steps.mask), Bt)
-        else:
-            y.index_add_(0, steps.where, (x[steps.where] @ At).mul_(steps.mask) @ Bt)
-    for bucket in steps.buckets:
-        _gathered_(y, x, stack, bucket)
+    stack.bound(steps).add_(y, x, bias)
     return y
-
-
-def _gathered_(y: Tensor, x: Tensor, stack: Stack, bucket: Bucket) -> None:
-    """Each token times the pair gathered for it."""
-    own = x if bucket.where is None else x[bucket.where]
-    A = stack.A.index_select(0, bucket.rows).view(len(own), bucket.rank, -1)  # (n, r, in)
-    Bt = stack.Bt.index_select(0, bucket.rows).view(len(own), bucket.rank, -1)  # (n, r, out)
-    inner = torch.bmm(own[:, None], A.transpose(1, 2)).mul_(bucket.scales)  # (n, 1, r)
-    delta = torch.bmm(inner, Bt)[:, 0]
-    if bucket.where is None:
-        y.add_(delta)
-    else:
-        y.index_add_(0, bucket.where, delta)
-
-
-def _rescale_(y: Tensor, stack: Stack, steps: Steps, bias: Tensor | None) -> None:
-    """DoRA's gain on the base's product, and what adapters add to the bias, each on its own tokens."""
-    zero = y.new_zeros(y.shape[1])
-    owner = steps.owner
-    if owner is None:
-        raise TypeError("steps with runs have owners")
-    if any(member in stack.gains for member in steps.members):
-        table = torch.stack([stack.gains[m] - 1 if m in stack.gains else zero for m in steps.members] + [zero])
-        plain = y if bias is None else y - bias.to(y.dtype)
-        y.addcmul_(plain, table.to(y.dtype)[owner])
-    if any(member in stack.shifts for member in steps.members):
-        table = torch.stack([stack.shifts.get(m, zero) for m in steps.members] + [zero])
-        y.add_(table.to(y.dtype)[owner])
 
 
 def row_plan(index: Sequence[int], rows: int, *, strict: bool) -> Plan:

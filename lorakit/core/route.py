@@ -1,15 +1,17 @@
 """A routing plan: which adapter each row of a batch takes. Immutable; every adapted layer of a model shares one."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorakit.core.batched import Plan, Stack, Tables, row_plan
+from lorakit.core.batched import Plan, Segment, Stack, Tables, row_plan
 from lorakit.errors import AdapterError
 
 Group = tuple[int, Tensor]  # (slot, the rows of the flattened input that take it)
+KEPT = 64  # steps, and plans of one, that are kept
 
 
 class Route:
@@ -20,10 +22,12 @@ class Route:
     than rows', so that the leading dimension of an input says nothing.
     """
 
+    idle = False  # whether all rows take the base
+
     def __init__(self, index: tuple[int, ...], *, strict: bool = False, tokens: bool = False) -> None:
         self.index, self.strict, self.tokens = index, strict, tokens
-        self._kept = lru_cache(maxsize=64)(self._groups)
-        self._plans = lru_cache(maxsize=64)(self._planned)
+        self._kept = lru_cache(maxsize=KEPT)(self._groups)
+        self._plans = lru_cache(maxsize=KEPT)(self._planned)
         self.stacks: dict[str, Any] = {}  # path -> what lorakit.attach.kinds.mixed keeps of a leaf
 
     def __getstate__(self) -> dict[str, object]:
@@ -76,22 +80,61 @@ class Route:
         ]
 
 
-class Live(Route):
-    """The route of a model that is served: its plan is replaced between forwards, its stacks are a bank's.
+class Step:
+    """Which adapters the rows of a served model's forwards take. Immutable; kept, for the next step is mostly the same.
 
-    packed: the plan of a step whose tokens are packed in one row; head: of the tokens that reach the layer `head_path` in
-    the same step, None where all do. rows: an adapter a row of an ordinary batch, in place of both. All None: the base.
+    packed: of tokens that are packed in one row; head: of those that reach the head in the same step, None where all do.
+    rows: an adapter a row of an ordinary batch, in place of both. All None: the base.
     """
+
+    def __init__(
+        self,
+        packed: tuple[Segment, ...] | None = None,
+        head: tuple[Segment, ...] | None = None,
+        rows: tuple[int, ...] | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.rows, self.strict = rows, strict
+        self.packed = None if packed is None else Plan(packed, strict=strict)
+        self.head = self.packed if head is None else Plan(head, strict=strict)
+        self._plans: dict[int, Plan] = {}
+
+    def plan(self, leading: int, rows: int, *, head: bool) -> Plan | None:
+        """The plan for a layer's input of `rows` rows (tokens), `leading` being its first dimension; None = all the base.
+
+        head: whether the layer is the model's head.
+        """
+        if self.rows is not None:
+            return self._spread(self.rows, leading, rows)
+        plan = self.head if head else self.packed
+        if plan is None or plan.total == rows:
+            return plan
+        raise AdapterError(
+            f"a step of {plan.total} tokens reached a layer as {rows} rows. It computes something for all of them at "
+            "once, which no request's own adapter can change: leave the layer out of the adapters that are served."
+        )
+
+    def _spread(self, index: tuple[int, ...], leading: int, rows: int) -> Plan:
+        if leading % len(index):
+            raise AdapterError(f"a batch of {len(index)} requests reached a layer as {leading} rows.")
+        found = self._plans.get(rows)
+        if found is None:
+            if len(self._plans) >= KEPT:
+                self._plans.clear()
+            found = self._plans[rows] = row_plan(index, rows, strict=self.strict)
+        return found
+
+
+class Live(Route):
+    """The route of a model that is served: its step is replaced between forwards, its stacks are a bank's."""
 
     def __init__(self) -> None:
         super().__init__(())
         self.stacks: dict[str, Stack | Tables] = {}
         self.serving = True
-        self.packed: Plan | None = None
-        self.head: Plan | None = None
+        self._take(BASE)
         self.head_path: str | None = None
-        self.rows: tuple[int, ...] | None = None
-        self._spread: dict[int, Plan] = {}
+        self._steps = lru_cache(maxsize=KEPT)(Step)
 
     def __getstate__(self) -> dict[str, object]:
         return {}
@@ -100,32 +143,24 @@ class Live(Route):
         self.__init__()  # type: ignore[misc]  # a copy of a served model is a copy of its base
         self.serving = False
 
-    def pack(self, plan: Plan | None, head: Plan | None) -> None:
-        """The next forward is a packed step."""
-        self.packed, self.head, self.rows = plan, head, None
+    def plain(self) -> None:
+        """The next forwards are the base's."""
+        self._take(BASE)
 
-    def spread(self, rows: tuple[int, ...] | None, *, strict: bool = False) -> None:
+    def pack(self, packed: Sequence[Segment], head: Sequence[Segment] | None, *, strict: bool = False) -> None:
+        """The next forward is a step of tokens packed in one row, in these segments; head: of those that reach the head."""
+        self._take(self._steps(tuple(packed), None if head is None else tuple(head), None, strict))
+
+    def spread(self, rows: tuple[int, ...], *, strict: bool = False) -> None:
         """The next forwards are ordinary batches, whose rows (or equal multiples of them) take these adapters."""
-        if rows is not None and all(adapter < 0 for adapter in rows):
-            rows = None
-        if rows != self.rows or strict != self.strict:
-            self._spread.clear()
-        self.packed = self.head = None
-        self.rows, self.strict = rows, strict
+        self._take(BASE if all(adapter < 0 for adapter in rows) else self._steps(None, None, rows, strict))
+
+    def _take(self, step: Step) -> None:
+        self.step, self.idle = step, step is BASE
 
     def of(self, path: str, leading: int, rows: int) -> Plan | None:
-        """The plan for a layer's input of `rows` rows (tokens), `leading` being its first dimension; None = all the base."""
-        if self.rows is not None:
-            if leading % len(self.rows):
-                raise AdapterError(f"a batch of {len(self.rows)} requests reached a layer as {leading} rows.")
-            found = self._spread.get(rows)
-            if found is None:
-                found = self._spread[rows] = row_plan(self.rows, rows, strict=self.strict)
-            return found
-        plan = self.head if path == self.head_path and self.head is not None else self.packed
-        if plan is None or plan.total == rows:
-            return plan
-        raise AdapterError(
-            f"a step of {plan.total} tokens reached a layer as {rows} rows. It computes something for all of them at "
-            "once, which no request's own adapter can change: leave the layer out of the adapters that are served."
-        )
+        """The plan for a layer's input, as Step.plan gives it."""
+        return self.step.plan(leading, rows, head=path == self.head_path)
+
+
+BASE = Step()

@@ -194,7 +194,7 @@ class RowsThread:
             with torch.no_grad():
                 output = self.model(**inputs)
         finally:
-            live.pack(None, None)
+            live.plain()
         self._steps, self._mix = self._steps + 1, (len(rows), len(set(rows)))
         if self._heads is not None:
             return [self._classified(item, row) for item, row in zip(batch, output.logits.float(), strict=True)]

@@ -333,7 +333,7 @@ class Engine:
             self.dropped(work)
         self._loader.shutdown(wait=True)  # reads that waited for room have it now
         self._merging.apart()
-        self.bank.live.pack(None, None)
+        self.bank.live.plain()
         self.model.train(self._training)
 
 

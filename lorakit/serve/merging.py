@@ -80,7 +80,7 @@ class Merging:
     def _switch(self, sites: dict[str, Site], *, on: bool) -> None:
         """The layers look at the bank's stacks, or are plain."""
         for site in list(sites.values()):  # loads in other threads add to them
-            site.active = (EMPTY,) if on else ()
+            site.active, site.ready = (EMPTY,) if on else (), None
 
 
 def _merged(leaf: Any, row: Row) -> Tensor:

@@ -17,7 +17,6 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
-from lorakit.core.batched import Plan
 from lorakit.core.route import Live
 from lorakit.serve.bank import Bank
 from lorakit.serve.limits import Limits
@@ -190,16 +189,16 @@ class AdapterBatch(ContinuousBatchingManager):
 
     def _set(self, live: Live, batch: list[FutureRequestState], works: list[Work]) -> None:
         if self.merging.covers({work.version for work in works}) or all(work.version is None for work in works):
-            live.pack(None, None)
+            live.plain()
             return
         both = list(zip(works, batch, strict=True))
-        plan = Plan([(work.adapter, future.query_length) for work, future in both], strict=self.strict)
+        packed = [(work.adapter, future.query_length) for work, future in both]
         if not self.batch_processor.model_runner.supports_logits_to_keep(self.model):  # type: ignore[union-attr]
-            live.pack(plan, None)
+            live.pack(packed, None, strict=self.strict)
             return
         kept = [(work.adapter, 1) for work, future in both if future.has_new_token]
         rest = [(-1, 1)] * (len(batch) - len(kept))  # transformers fills up with tokens that no one looks at
-        live.pack(plan, Plan([*kept, *rest], strict=self.strict))
+        live.pack(packed, [*kept, *rest], strict=self.strict)
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         """The next token of each request of the step that ends its prompt or goes on. scores: (1, n, vocabulary)."""

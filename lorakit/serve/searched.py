@@ -116,7 +116,7 @@ class SearchThread:
                 logits_processor=LogitsProcessorList([_Passing(self, works, ids.shape[1])]),
                 stopping_criteria=StoppingCriteriaList([_Ending(self, works, ids.shape[1])]),
             )
-            self.bank.live.pack(None, None)
+            self.bank.live.plain()
         for work, row in zip(works, written[:, ids.shape[1] :].tolist(), strict=True):
             self._answer(work, row)
 
@@ -176,7 +176,7 @@ class _Passing:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         thread = self.thread
         thread.turns.pass_on()
-        thread.bank.live.pack(None, None)
+        thread.bank.live.plain()
         thread._set(self.works)
         beams = len(input_ids) // len(self.works)
         for number, work in enumerate(self.works):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.site import LowRank, Site, Slot
-from lorakit.core.batched import Plan, Span, Stack, Tables
+from lorakit.core.batched import Plan, Span, Stack, Steps, Tables
 from lorakit.core.route import Live
 from lorakit.errors import AdapterError
 
@@ -23,28 +23,75 @@ def mixed(kind: "LeafKind", leaf: nn.Module, site: Site, call: "Call", x: Tensor
     leading = x.shape[0] if x.dim() > kind.row_width(x) else 1
     rows = x.numel() // x.shape[-1] if kind.row_width(x) else x.numel()
     if isinstance(route, Live):
-        stack: Stack | Tables | None = route.stacks.get(site.path)
-        plan = route.of(site.path, leading, rows)
-        if stack is None or plan is None:
-            return call(x)  # type: ignore[no-any-return]
-    else:
-        stack = _stack_of(kind, leaf, site, x)
-        if stack is None:
-            return None
-        plan = route.plan(leading, rows)
-    return _computed(kind, leaf, site, call, x, stack, plan)
-
-
-def _computed(
-    kind: "LeafKind", leaf: nn.Module, site: Site, call: "Call", x: Tensor, stack: Stack | Tables, plan: Plan
-) -> Tensor:
+        return _served(kind, leaf, site, route.of(site.path, leading, rows), call(x), x)
+    stack = _stack_of(kind, leaf, site, x)
+    if stack is None:
+        return None
+    plan = route.plan(leading, rows)
     y: Tensor = call(x)
+    return _added(kind, leaf, site, y, x, stack, plan.steps(stack, stack.A if isinstance(stack, Stack) else y))
+
+
+def _served(kind: "LeafKind", leaf: nn.Module, site: Site, plan: Plan | None, y: Tensor, x: Tensor) -> Tensor:
+    """The output of a bank's layer; what was worked out on the way is kept for the next call like this one."""
+    route: Any = site.route
+    stack: Stack | Tables | None = route.stacks.get(site.path)
+    if stack is None or plan is None:
+        return y
+    site.ready = None
     like = stack.A if isinstance(stack, Stack) else y
     steps = plan.steps(stack, like)
+    if isinstance(stack, Stack) and _owned(leaf, site, y, like) and x.dtype == y.dtype and x.device == y.device:
+        site.ready = Ready(kind, route, stack, steps, x, y)
+    return _added(kind, leaf, site, y, x, stack, steps)
+
+
+def _owned(leaf: nn.Module, site: Site, y: Tensor, like: Tensor) -> bool:
+    """Whether a product can be added to the layer's output in place."""
+    stock = site.inner is None and type(leaf)._lk_stock  # type: ignore[attr-defined]  # y is no one else's
+    return stock and y.is_contiguous() and y.dtype == like.dtype
+
+
+class Ready:
+    """A served layer's way through a step, found by a call of the same step, layout, shape and type: nothing is looked up."""
+
+    __slots__ = ("bound", "dtype", "inputs", "key", "kind", "outputs", "route", "shape", "stack", "step", "steps")
+
+    def __init__(self, kind: "LeafKind", route: Live, stack: Stack, steps: Steps, x: Tensor, y: Tensor) -> None:
+        self.kind, self.route, self.step, self.steps = kind, route, route.step, steps
+        self.stack, self.key = stack, stack.key
+        self.shape, self.dtype = x.shape, x.dtype
+        self.inputs, self.outputs = (-1, x.shape[-1]), (-1, y.shape[-1])
+        self.bound = stack.bound(steps) if steps.runs else None
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether a call on x is such a call."""
+        return (
+            self.route.step is self.step
+            and self.stack.key == self.key
+            and x.shape == self.shape
+            and x.dtype is self.dtype
+        )
+
+    def add_(self, leaf: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+        """y, the layer's own output on x, with what the tokens' adapters add."""
+        bound = self.bound
+        if bound is None:
+            return y
+        if y.dtype is not self.dtype:  # under autocast
+            return _added(self.kind, leaf, leaf._lk_site, y, x, self.stack, self.steps)  # type: ignore[arg-type]
+        bias = None if bound.rescale is None else leaf.bias
+        bound.add_(y.view(self.outputs), x.reshape(self.inputs), bias)  # type: ignore[arg-type]
+        return y
+
+
+def _added(
+    kind: "LeafKind", leaf: nn.Module, site: Site, y: Tensor, x: Tensor, stack: Stack | Tables, steps: Steps
+) -> Tensor:
     if not steps.runs:
         return y
-    own = site.inner is None and type(leaf)._lk_stock  # type: ignore[attr-defined]  # y is no one else's
-    out = y if own and y.is_contiguous() and y.dtype == like.dtype else y.to(like.dtype, copy=True).contiguous()
+    like = stack.A if isinstance(stack, Stack) else y
+    out = y if _owned(leaf, site, y, like) else y.to(like.dtype, copy=True).contiguous()
     flat = x.reshape(-1, *x.shape[x.dim() - kind.row_width(x) :])
     if flat.is_floating_point() and flat.dtype != like.dtype:
         flat = flat.to(like.dtype)
