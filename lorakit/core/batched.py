@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lorakit.core.ways import Bound, Bucket, Grid, alone, gathered, grid, masked, rescaled, run
+from lorakit.core.ways import Bound, Bucket, Grid, gathered, masked, rescaled, run
 
 FEW = 128  # ranks up to which one product with every pair beats gathering each token's own
 LONG = 16  # tokens from which a run is worth products of its own
@@ -160,10 +160,10 @@ def _steps(plan: Plan, spans: dict[int, Span], like: Tensor) -> Steps:
 
 
 def _strictly(steps: Steps, single: list[Single], total: int, like: Tensor) -> None:
-    """Each adapter's first token in a grid, where there are few of those; what is left gathered."""
+    """Each adapter's first token in a grid, where there are few of those and that is most; what is left gathered."""
     first = [(token, span) for span, token in {span: token for token, span in reversed(single)}.items()]
     blocks = _blocks(first)
-    if len(blocks) <= GRIDS:
+    if len(blocks) <= GRIDS and 4 * len(first) >= 3 * len(single):
         steps.grids = [_grid(block, total, like, strict=True) for block in blocks]
         single = [one for one in single if one not in first]
     steps.buckets = _buckets(single, total, like)
@@ -175,7 +175,7 @@ def _freely(steps: Steps, single: list[Single], total: int, like: Tensor) -> Non
     window = (min(span.start for _, span in single), max(span.end for _, span in single))
     rows = window[1] - window[0]
     grids = [_grid(block, total, like, strict=False) for block in _blocks(single)]
-    ordered = len(grids) == 1 and grids[0].tokens is not None
+    ordered = len(grids) == 1 and grids[0].ordered
     few = rows <= FEW
     if ordered or (len(grids) <= GRIDS and not (few and rows * len(single) < LITTLE)):
         steps.grids = grids
@@ -267,7 +267,7 @@ def _grid(block: list[Single], total: int, like: Tensor, *, strict: bool) -> Gri
     else:
         made.scale = scales.pop()
     if ordered:
-        made.tokens = (tokens[0], tokens[-1] + 1)
+        made.ordered, made.tokens = True, None if len(tokens) == total else (tokens[0], tokens[-1] + 1)
         return made
     places = {token: k * depth + j for k, line in enumerate(lines) for j, (token, _) in enumerate(line)}
     take = [tokens[0]] * (depth * len(lines))  # a place of no token is given one, whose product no one takes
@@ -290,11 +290,11 @@ def _bound(stack: Stack, steps: Steps) -> Bound:
         if gains is not None or shifts is not None:
             made.rescale = partial(rescaled, gains, shifts, steps.owner)
     if steps.alone is not None:
-        made.ways.append(partial(alone, *stack.cut(steps.alone.start, steps.alone.end), steps.alone.scale))
+        one = Grid(steps.alone.start, steps.alone.rank, 1, len(steps.owner), steps.alone.scale, ordered=True)
+        made.ways.append(one.bound(stack.A, stack.Bt))
     for start, end, span in steps.long:
         made.ways.append(partial(run, start, end, *stack.cut(span.start, span.end), span.scale))
-    for one in steps.grids:
-        made.ways.append(partial(grid, one, *one.views(stack.A, stack.Bt)))
+    made.ways += [one.bound(stack.A, stack.Bt) for one in steps.grids]
     if steps.window is not None and steps.mask is not None:
         made.ways.append(partial(masked, *stack.cut(*steps.window), steps.mask, steps.where))
     made.ways += [partial(gathered, stack.A, stack.Bt, bucket) for bucket in steps.buckets]

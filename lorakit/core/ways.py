@@ -5,6 +5,7 @@ Each way adds to y (tokens, out), contiguous, in place, what some tokens of x (t
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,14 +13,54 @@ from torch import Tensor
 Way = Callable[[Tensor, Tensor], object]
 
 
+class Lines:
+    """Tokens in order, `depth` neighbours a line, with a pair a line, as batched products. Nothing is copied.
+
+    At: (count, in, rank), Bt: (count, rank, out); tokens: from, to, None = all; scale: of all, or scales: (count, 1, 1).
+    """
+
+    __slots__ = ("At", "Bt", "lead", "scale", "scales", "tokens")
+
+    def __init__(
+        self, At: Tensor, Bt: Tensor, depth: int, tokens: tuple[int, int] | None, scale: float, scales: Tensor | None
+    ) -> None:
+        self.At, self.Bt, self.lead, self.tokens, self.scale, self.scales = (
+            At, Bt, (len(At), depth), tokens, scale, scales,
+        )  # fmt: skip
+
+    def __call__(self, y: Tensor, x: Tensor) -> None:
+        if self.tokens is not None:
+            start, end = self.tokens
+            x, y = x[start:end], y[start:end]
+        self.add_(y.view(*self.lead, -1), x.view(*self.lead, -1))
+
+    def add_(self, y: Tensor, x: Tensor) -> None:
+        """y: (count, depth, out), x: (count, depth, in)."""
+        inner = torch.bmm(x, self.At)
+        if self.scales is None:
+            y.baddbmm_(inner, self.Bt, alpha=self.scale)
+        else:  # strict has these bits in lines and gathered
+            y.add_(torch.bmm(inner.mul_(self.scales), self.Bt))
+
+
 class Bound:
-    """The ways of one step with one stack, their views of it made. rescale: DoRA's gains and biases, (y, bias) -> None."""
+    """The ways of one step with one stack, their views of it made.
+
+    rescale: DoRA's gains and biases, (y, bias) -> None. lines: the one way, where it is this and takes all tokens.
+    """
 
     __slots__ = ("rescale", "ways")
 
     def __init__(self) -> None:
         self.rescale: Callable[[Tensor, Tensor | None], None] | None = None
         self.ways: list[Way] = []
+
+    @property
+    def lines(self) -> Lines | None:
+        if self.rescale is not None or len(self.ways) != 1:
+            return None
+        (way,) = self.ways
+        return way if isinstance(way, Lines) and way.tokens is None else None
 
     def add_(self, y: Tensor, x: Tensor, bias: Tensor | None) -> None:
         """bias: the layer's own."""
@@ -33,8 +74,8 @@ class Bound:
 class Grid:
     """Pairs of one rank that stand side by side, `count` of them from row `start`, each with `depth` places for tokens.
 
-    scale: of all, or scales: (count, 1, 1). tokens: from, to, where they fill the places in order; else take: (count depth,)
-    the token of each place, back: (n,) the place of each token, where: (n,) the tokens, None = all.
+    scale: of all, or scales: (count, 1, 1). ordered: whether the tokens fill the places in order, the tokens from `tokens`
+    (None = all); else take: (count depth,) the token of each place, back: (n,) each token's place, where: (n,) None = all.
     """
 
     start: int
@@ -43,15 +84,19 @@ class Grid:
     depth: int
     scale: float = 1.0
     scales: Tensor | None = None
+    ordered: bool = False
     tokens: tuple[int, int] | None = None
     take: Tensor | None = None
     back: Tensor | None = None
     where: Tensor | None = None
 
-    def views(self, A: Tensor, Bt: Tensor) -> tuple[Tensor, Tensor]:
-        """(count, in, rank) and (count, rank, out) of a stack's A and Bt."""
+    def bound(self, A: Tensor, Bt: Tensor) -> Way:
+        """The way with a stack's A (rows, in) and Bt (rows, out)."""
         rows = slice(self.start, self.start + self.count * self.rank)
-        return A[rows].view(self.count, self.rank, -1).transpose(1, 2), Bt[rows].view(self.count, self.rank, -1)
+        At, up = A[rows].view(self.count, self.rank, -1).transpose(1, 2), Bt[rows].view(self.count, self.rank, -1)
+        if self.ordered:
+            return Lines(At, up, self.depth, self.tokens, self.scale, self.scales)
+        return partial(scattered, self, At, up)
 
 
 @dataclass(slots=True)
@@ -64,33 +109,13 @@ class Bucket:
     scales: Tensor
 
 
-def alone(At: Tensor, Bt: Tensor, scale: float, y: Tensor, x: Tensor) -> None:
-    """One pair for all tokens. At: (in, r), Bt: (r, out)."""
-    y.addmm_(x.mm(At), Bt, alpha=scale)
-
-
 def run(start: int, end: int, At: Tensor, Bt: Tensor, scale: float, y: Tensor, x: Tensor) -> None:
     """One pair for the tokens from `start` to `end`."""
     y[start:end].addmm_(x[start:end].mm(At), Bt, alpha=scale)
 
 
-def grid(one: Grid, At: Tensor, Bt: Tensor, y: Tensor, x: Tensor) -> None:
-    """A pair a line of the grid. At: (count, in, rank), Bt: (count, rank, out)."""
-    if one.tokens is None:
-        _out_of_order(one, At, Bt, y, x)
-        return
-    start, end = one.tokens
-    if end - start < len(x):
-        x, y = x[start:end], y[start:end]
-    inner = torch.bmm(x.view(one.count, one.depth, -1), At)  # (count, depth, rank)
-    lines = y.view(one.count, one.depth, -1)
-    if one.scales is None:
-        lines.baddbmm_(inner, Bt, alpha=one.scale)
-    else:  # strict has these bits in a grid, out of order, and gathered
-        lines.add_(torch.bmm(inner.mul_(one.scales), Bt))
-
-
-def _out_of_order(one: Grid, At: Tensor, Bt: Tensor, y: Tensor, x: Tensor) -> None:
+def scattered(one: Grid, At: Tensor, Bt: Tensor, y: Tensor, x: Tensor) -> None:
+    """As Lines, of tokens that are first put into their places."""
     if one.take is None or one.back is None:
         raise TypeError("a grid whose tokens are out of order says where they are")
     inner = torch.bmm(x.index_select(0, one.take).view(one.count, one.depth, -1), At)

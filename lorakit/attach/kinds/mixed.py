@@ -55,14 +55,20 @@ def _owned(leaf: nn.Module, site: Site, y: Tensor, like: Tensor) -> bool:
 class Ready:
     """A served layer's way through a step, found by a call of the same step, layout, shape and type: nothing is looked up."""
 
-    __slots__ = ("bound", "dtype", "inputs", "key", "kind", "outputs", "route", "shape", "stack", "step", "steps")
+    __slots__ = (
+        "bound", "dtype", "inputs", "key", "kind", "lines", "outputs", "route", "shape", "shaped", "stack", "step",
+        "steps",
+    )  # fmt: skip
 
     def __init__(self, kind: "LeafKind", route: Live, stack: Stack, steps: Steps, x: Tensor, y: Tensor) -> None:
         self.kind, self.route, self.step, self.steps = kind, route, route.step, steps
         self.stack, self.key = stack, stack.key
         self.shape, self.dtype = x.shape, x.dtype
-        self.inputs, self.outputs = (-1, x.shape[-1]), (-1, y.shape[-1])
         self.bound = stack.bound(steps) if steps.runs else None
+        self.lines = None if self.bound is None else self.bound.lines
+        lead = (x.numel() // x.shape[-1],) if self.lines is None else self.lines.lead
+        self.inputs, self.outputs = (*lead, x.shape[-1]), (*lead, y.shape[-1])
+        self.shaped = x.shape == self.inputs
 
     def fits(self, x: Tensor) -> bool:
         """Whether a call on x is such a call."""
@@ -80,8 +86,11 @@ class Ready:
             return y
         if y.dtype is not self.dtype:  # under autocast
             return _added(self.kind, leaf, leaf._lk_site, y, x, self.stack, self.steps)  # type: ignore[arg-type]
-        bias = None if bound.rescale is None else leaf.bias
-        bound.add_(y.view(self.outputs), x.reshape(self.inputs), bias)  # type: ignore[arg-type]
+        out, flat = (y, x) if self.shaped else (y.view(self.outputs), x.reshape(self.inputs))
+        if self.lines is not None:
+            self.lines.add_(out, flat)
+        else:
+            bound.add_(out, flat, None if bound.rescale is None else leaf.bias)  # type: ignore[arg-type]
         return y
 
 
