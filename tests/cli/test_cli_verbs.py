@@ -1,5 +1,6 @@
 """Every verb: help, exit codes, what it prints, JSON."""
 
+import gc
 import json
 import os
 import shutil
@@ -308,3 +309,9 @@ def test_models(lorakit):
     said = lorakit("models", "--fetch", "minilm", "--json")
     assert said.code == 1
     assert "minilm-l6" in said.json["error"]
+
+
+def test_the_collector_is_on_again_after_a_plan(lorakit):
+    found = lorakit("plan", "gpt2", "--method", "no-such-method")
+    assert found.code == 1
+    assert gc.isenabled()
