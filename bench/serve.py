@@ -143,19 +143,19 @@ def _peft(model: Any, folders: list[Path]) -> Any:
 def decode_row(rounds: int, tmp: Path, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     maker = base(options.layers)
     folders = [saved(maker, tmp / f"decode{k}", k) for k in range(16)]
-    plain, routed, theirs, served = (base(options.layers) for _ in range(4))
+    plain, routed, theirs, served, strict = (base(options.layers) for _ in range(5))
     for k, folder in enumerate(folders):
         lk.load(routed, folder, name=f"r{k}")
     theirs = _peft(theirs, folders)
     found: dict[str, dict[str, float]] = {}
-    with Bank(served) as bank, torch.no_grad():
-        versions = [bank.load(folder, f"r{k}") for k, folder in enumerate(folders)]
-        for version in versions:
-            bank.hold(version)
+    with (
+        Bank(served) as bank,
+        Bank(strict) as exact,
+        torch.no_grad(),
+    ):  # an engine is strict or not: each repeats its steps
+        banks = {False: (bank, _held(bank, folders)), True: (exact, _held(exact, folders))}
         for rows, count in MIXES:
-            found[f"{rows}/{count}"] = _steps(rows, count, plain, routed, theirs, bank, versions, rounds)
-        for version in versions:
-            bank.release(version)
+            found[f"{rows}/{count}"] = _steps(rows, count, plain, routed, theirs, banks, rounds)
     sides = list(next(iter(found.values())))
     lines = [
         [mix, times["base"] * 1e3, *(f"{100 * (times[side] / times['base'] - 1):+.1f}%" for side in sides[1:])]
@@ -164,15 +164,28 @@ def decode_row(rounds: int, tmp: Path, options: argparse.Namespace) -> tuple[dic
     return found, table(["decode step, rows/adapters", "base ms", *sides[1:]], lines)
 
 
+def _held(bank: Bank, folders: list[Path]) -> list[Version]:
+    versions = [bank.load(folder, f"r{k}") for k, folder in enumerate(folders)]
+    for version in versions:
+        bank.hold(version)
+    return versions
+
+
 def _steps(
-    rows: int, count: int, plain: Any, routed: Any, theirs: Any, bank: Bank, versions: list[Version], rounds: int
+    rows: int,
+    count: int,
+    plain: Any,
+    routed: Any,
+    theirs: Any,
+    banks: dict[bool, tuple[Bank, list[Version]]],
+    rounds: int,
 ) -> dict[str, float]:
     """Seconds of a step of one token a row, each side."""
     ids = torch.randint(4096, (rows, 1))
     names = [f"r{k % count}" for k in range(rows)]
-    index = tuple(versions[k % count].id for k in range(rows))
-    for version in versions[:count]:
-        bank.place(version, set(index))
+    for bank, versions in banks.values():
+        for version in versions[:count]:
+            bank.place(version, {one.id for one in versions})
 
     def route(strict: bool) -> Callable[[], float]:
         def run() -> float:
@@ -185,6 +198,9 @@ def _steps(
         return run
 
     def serve(strict: bool) -> Callable[[], Any]:
+        bank, versions = banks[strict]
+        index = tuple(versions[k % count].id for k in range(rows))
+
         def run() -> None:
             bank.live.plain()
             bank.live.spread(index, strict=strict)  # told anew, as each step of an engine is

@@ -144,16 +144,16 @@ def find_candidates(
         if found is None:
             left_out.append(f"{label}: the model has not all of these matrices")
             continue
-        method, cost, widest = found
-        rank = min(budget // cost, widest)
+        method, fixed, cost, widest = found
+        rank = min(max(0, budget - fixed) // cost, widest)
         if not rank:
-            left_out.append(f"{label}: rank 1 takes {cost:,} parameters")
+            left_out.append(f"{label}: rank 1 takes {fixed + cost:,} parameters")
             continue
         changes: dict[str, Any] = {"method.target_modules": list(method.target_modules), "method.r": rank}
         if method.enable_lora:
             changes["method.enable_lora"] = {key: list(value) for key, value in method.enable_lora.items()}
         if all(one.changes != changes for one in candidates):
-            candidates.append(Candidate(tuple(_present(names, model)), rank, cost * rank, changes))
+            candidates.append(Candidate(tuple(_present(names, model)), rank, fixed + cost * rank, changes))
     if not candidates:
         raise UsageError(f"no combination fits {budget:,} parameters: {'; '.join(left_out)}.")
     return candidates, left_out
@@ -164,18 +164,22 @@ def _present(names: Sequence[str], model: nn.Module) -> list[str]:
     return [name for name in names if name != "gate" or _spelt(LoRA(target_modules=[name]), model) is not None]
 
 
-def _methods(base: LoRA, model: nn.Module, names: Sequence[str]) -> tuple[LoRA, int, int] | None:
-    """(the method at rank 1, its parameters, the highest rank that makes sense); None where the model lacks the matrices."""
+def _methods(base: LoRA, model: nn.Module, names: Sequence[str]) -> tuple[LoRA, int, int, int] | None:
+    """(the method at rank 1, what it trains at any rank, what each rank adds, the highest rank that makes sense).
+
+    None where the model lacks the matrices.
+    """
     plain = replace(
         base, r=1, target_modules=_present(names, model), enable_lora={}, rank_pattern={}, modules_to_save=None
     )
     method = _spelt(plain, model)
     if method is None:
         return None
-    pairs = method.draft(model, dtype=None, generator=None).all_pairs()
-    tensors = [pair for _, pair in pairs]
+    draft = method.draft(model, dtype=None, generator=None)
+    tensors = [pair for _, pair in draft.all_pairs()]
     cost = sum(one.A.numel() + one.Bt.numel() for one in tensors)
-    return method, cost, min(min(one.A.shape[-1], one.Bt.shape[-1]) for one in tensors)
+    fixed = sum(tensor.numel() for tensor in draft.tensors()) - cost  # magnitudes, biases, heads, rows of tokens
+    return method, fixed, cost, min(min(one.A.shape[-1], one.Bt.shape[-1]) for one in tensors)
 
 
 def _spelt(method: LoRA, model: nn.Module) -> LoRA | None:

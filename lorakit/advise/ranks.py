@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakit.analyze.ranks import by_energy
 from lorakit.analyze.spectrum import energy, numerical_rank, singular_values
-from lorakit.analyze.updates import read_adapter
+from lorakit.analyze.updates import Adapter, read_adapter
 from lorakit.errors import UsageError
 
 ENERGY = 0.99
@@ -71,6 +71,7 @@ def advise_ranks(source: str | Path, share: float = ENERGY) -> RankAdvice:
     share that is none and on an adapter that was never trained, FileError on a damaged one.
     """
     adapter = read_adapter(source)
+    _check_kind(adapter)
     values = singular_values(adapter.updates)
     wanted = by_energy(values, share)
     if not any(numerical_rank(one) for one in values):
@@ -80,7 +81,7 @@ def advise_ranks(source: str | Path, share: float = ENERGY) -> RankAdvice:
         advised = min(rank, update.rank)
         full = advised == update.rank and numerical_rank(own) == update.rank
         layers.append(LayerAdvice(update.path, update.rank, advised, _kept(own, advised), sum(update.shape), full))
-    scales = {one.path: adapter.method.scaling(one.path) for one in adapter.updates}
+    scales = {one.path: one.scale for one in adapter.updates}
     settings = {
         one.path: (one.advised, _alpha(adapter.method.use_rslora, scales[one.path], one.advised)) for one in layers
     }
@@ -94,6 +95,16 @@ def advise_ranks(source: str | Path, share: float = ENERGY) -> RankAdvice:
         rank_pattern={_pattern(path): rank for path, (rank, _) in settings.items() if rank != r},
         alpha_pattern={_pattern(path): own for path, (_, own) in settings.items() if own != alpha},
     )
+
+
+def _check_kind(adapter: Adapter) -> None:
+    """Refuse what has no rank for each of its parts."""
+    parts = sorted({one.path.rpartition("[")[0] for one in adapter.updates if one.is_part})
+    if parts:
+        raise UsageError(
+            f"{adapter.source}: the experts of a stack share one rank, and a grouped convolution's is a multiple of its groups, "
+            f"so no rank of their own can be advised for the parts of {', '.join(parts[:3])}. `lorakit analyze` shows what they use."
+        )
 
 
 def _kept(values: Any, rank: int) -> float:

@@ -99,7 +99,9 @@ def _modules(analysis: Analysis) -> Plan | None:
     if not rows or len(layers) < 2:
         return None
     what = "‖dW‖_F / ‖W‖_F" if based else "‖dW‖_F"
-    moved = Panel(f"How far each matrix moved: {what}", _table(kinds, layers, _moved), "layer", "", layers, rows)
+    alike = {one.path for one in analysis.alike()}
+    shown = _table(kinds, layers, lambda one: one.moved if one.path in alike else None)
+    moved = Panel(f"How far each matrix moved: {what}", shown, "layer", "", layers, rows)
     used = Panel("Effective rank", _table(kinds, layers, _effective), "layer", "", layers, rows)
     text = (
         f"Above {what} of each matrix, below its effective rank exp(−Σ p ln p) with p = s_i / Σ s (Roy, Vetterli 2007), from 1 "
@@ -108,10 +110,6 @@ def _modules(analysis: Analysis) -> Plan | None:
     )
     title = "Which matrices moved, and how many directions each needs"
     return "modules", title, text, lambda: heat_maps([[moved], [used]], scale="", top=None, wide=True)
-
-
-def _moved(one: ModuleSpectrum) -> float:
-    return one.moved
 
 
 def _effective(one: ModuleSpectrum) -> float:

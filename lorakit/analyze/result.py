@@ -60,9 +60,13 @@ class Analysis:
     grids: tuple[Grid, ...]
     notes: tuple[str, ...]
 
+    def alike(self) -> list[ModuleSpectrum]:
+        """The modules whose `moved` can be compared: those held against the base, where any is."""
+        return [one for one in self.modules if one.against_base is not None] or list(self.modules)
+
     def most_moved(self) -> list[ModuleSpectrum]:
         """The modules, the one that moved most first."""
-        return sorted(self.modules, key=lambda one: one.moved, reverse=True)
+        return sorted(self.alike(), key=lambda one: one.moved, reverse=True)
 
     def kinds(self) -> dict[str, list[ModuleSpectrum]]:
         """The modules by their type of matrix."""

@@ -56,7 +56,7 @@ def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         site: Site = self._lk_site  # type: ignore[assignment]
         ready = site.ready
-        if ready is not None and not is_compiling() and not is_grad_enabled() and ready.fits(*args, **kwargs):
+        if ready is not None and not is_compiling() and not is_grad_enabled() and ready.fits(args, kwargs):
             return ready.add_(self, base_forward(self, *args), *args)
         if not is_compiling():
             attend(site)

@@ -82,7 +82,7 @@ class Site:
         self.inserts = False  # whether any of them computes something besides the leaf
         self.route: Route | None = None
         self.only: dict[int, int] = {}  # thread -> the one slot that is on while it computes a routed group; -1 = base
-        self.ready: Any = None  # lorakit.attach.kinds.mixed.Ready: the way through a served step, as the call before found it
+        self.ready: Any = None  # lorakit.attach.kinds.mixed.Ready: the way through a step, as the last call found it
         self.group: Any = None  # lorakit.attach.group.Group: the layers that share this one's input
         self.kept: dict[int, dict[str, Tensor]] = {}  # thread -> raw parameters as adapted, while a forward runs
         self.epoch = 0  # the host's epoch when this site was last switched

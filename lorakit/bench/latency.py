@@ -153,7 +153,9 @@ def bench_latency(config: LatencyBench, listener: Listener | None = None) -> Lat
 
 def _in_short(result: SettingResult) -> str:
     """For whoever waits, or stops the measurement before its last setting."""
-    sides = [f"{side.side} {side.ratio_mean:.3f} ± {side.ratio_spread:.3f}" for side in result.sides if side.side != FULL]
+    sides = [
+        f"{side.side} {side.ratio_mean:.3f} ± {side.ratio_spread:.3f}" for side in result.sides if side.side != FULL
+    ]
     return f"{result.setting}, over full fine-tuning: {', '.join(sides)}"
 
 

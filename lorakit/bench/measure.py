@@ -3,13 +3,16 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from lorakit.bench.material import UNMEASURED, Work
 from lorakit.bench.sides import Norms, Side, side_of
+from lorakit.errors import TrainingError
+from lorakit.run.turns import wait
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class RowResult:
 
 def measure(work: Work, progress: Callable[[int, int], None] = lambda done, total: None) -> RowResult:
     """Build the sides of a row, run them in turns and compare them. progress(done, total): rounds."""
-    sides = [side_of(name, work) for name in work.kind.sides]
+    with _memory_told("building the sides"):
+        sides = [side_of(name, work) for name in work.kind.sides]
     times: dict[str, list[float]] = {side.name: [] for side in sides}
     steps: dict[str, int] = {}
     norms: dict[str, Norms] = {}
@@ -66,7 +70,8 @@ def measure(work: Work, progress: Callable[[int, int], None] = lambda done, tota
         progress(turn, len(work.rounds))
         for side in sides:
             if turn == UNMEASURED - 1:
-                norms[side.name] = side.checked_round(numbers)
+                with _memory_told(side.name):
+                    norms[side.name] = side.checked_round(numbers)
                 steps[side.name] = side.steps
             else:
                 seconds = _timed(side, numbers)
@@ -78,18 +83,24 @@ def measure(work: Work, progress: Callable[[int, int], None] = lambda done, tota
     return _row(work, found)
 
 
+@contextmanager
+def _memory_told(side: str) -> Iterator[None]:
+    """Say whose memory did not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"{side} ran out of memory ({str(error).splitlines()[0]}). Take a smaller batch or length, or leave its rows out."
+        ) from error
+
+
 def _timed(side: Side, numbers: Sequence[int]) -> float:
-    _wait()
+    wait()
     begin = time.perf_counter()
-    side.round(numbers)
-    _wait()
+    with _memory_told(side.name):
+        side.round(numbers)
+    wait()
     return time.perf_counter() - begin
-
-
-def _wait() -> None:
-    """Until the GPU, where there is one, has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _result(

@@ -313,6 +313,8 @@ def recipe_of(work: Work, side: str) -> Recipe:
         own = {"batch_tokens": config.batch_tokens or config.batch * config.length}
     elif work.kind.upper:
         own = {"prefix_cache": True}  # one epoch's rows again and again: as if there were many
+    if work.kind.given:
+        own["pass_tokens"] = None  # one forward pass for the same batch, as the other sides have it
     document = {
         "model": config.model,
         "task": work.material.task,

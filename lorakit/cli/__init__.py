@@ -109,7 +109,9 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit code 0, 1 (failed: one message, no traceback) or 2 (wrong command line)."""
     if arguments is None:
-        atexit.register(gc.freeze)  # a last look through all that was imported takes most of a second, and finds nothing
+        atexit.register(
+            gc.freeze
+        )  # a last look through all that was imported takes most of a second, and finds nothing
     words = list(sys.argv[1:] if arguments is None else arguments)
     verb = next((word for word in words if not word.startswith("-")), None)
     with warnings.catch_warnings():

@@ -71,7 +71,9 @@ def _arms(entry: Any) -> list[Arm]:
         for key, value in chosen.items():
             _put(sized, key, value)
         size = ", ".join(f"{key.rpartition('.')[2]}={_short(chosen[key])}" for key in _telling(table)) or None
-        numbers = [(key, float(v)) for key, v in chosen.items() if isinstance(v, int | float)]
+        numbers = [
+            (key, float(v)) for key, v in chosen.items() if isinstance(v, int | float) and not isinstance(v, bool)
+        ]
         alone = len(table) == 1
         label = family if size is None or (alone and "label" in given) else f"{family} {size}"
         swept = None if alone or not numbers else numbers[0]
@@ -136,6 +138,8 @@ def _rates(given: Mapping[str, Any], known: Sequence[float]) -> tuple[float, ...
     if "lr" in given and "lrs" in given:
         raise RecipeError("lr fixes the learning rate, lrs has it searched: leave one out")
     values = [given["lr"]] if "lr" in given else given.get("lrs", list(known))
+    if isinstance(values, str) or any(isinstance(value, bool) for value in values):
+        raise RecipeError(f"lr, lrs: expected numbers above 0, got {values!r}")
     try:
         rates = sorted({float(value) for value in values})
     except (TypeError, ValueError) as error:

@@ -28,8 +28,9 @@ def base_outcome(child: Child, shots: int, seed: int) -> Outcome:
         raise DataError("there is neither data.eval nor data.test to measure on")
     if shots:
         dataset = with_examples(dataset, sample(child.train_set.examples, shots, seed))
-        stop = tuple(dict.fromkeys([*child.recipe.generate.stop, SEPARATOR]))
-        child.recipe = replace(child.recipe, generate=replace(child.recipe.generate, stop=stop))
+        if any(isinstance(one, PromptExample) for one in dataset.examples):  # a chat's turns end by themselves
+            stop = tuple(dict.fromkeys([*child.recipe.generate.stop, SEPARATOR]))
+            child.recipe = replace(child.recipe, generate=replace(child.recipe.generate, stop=stop))
     metrics = _measured(child, dataset)
     return Outcome(seed, quality=metrics[child.quality], metrics=metrics)
 

@@ -17,7 +17,6 @@ SWEEPS: dict[str, Mapping[str, Sequence[Any]]] = {
     "lora": {"r": (1, 4, 16, 64)},
     "prefix-tuning": {"prefix_length": (4, 16, 64)},
     "prefix-embedding": {"prefix_length": (8, 32, 64)},
-    "warp": {"prefix_length": (4, 10, 20)},
     **{name: {"r": (4, 16, 64)} for name in BOTTLENECKS},
     **{name: {"length": (5, 20, 60)} for name in PROMPTS},
 }

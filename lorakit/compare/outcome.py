@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -44,19 +44,6 @@ class Outcome:
 def key_of(*facts: Any) -> str:
     """A hash of everything that a result follows from."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def stamp(sources: Sequence[str | None]) -> list[str]:
-    """What tells a data source from a changed one: a file's bytes, a folder's names and sizes; a hub set's name alone."""
-    return [_stamp(source) for source in sources if source is not None]
-
-
-def _stamp(source: str) -> str:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else []
-    return key_of([(str(one.relative_to(path)), one.stat().st_size) for one in files]) if files else source
 
 
 class Kept:

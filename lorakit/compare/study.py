@@ -14,7 +14,7 @@ from lorakit.compare.child import Child, Sets
 from lorakit.compare.general import general_perplexity, general_rows
 from lorakit.compare.latency import added_latency
 from lorakit.compare.memory import peak_of
-from lorakit.compare.outcome import DONE, FAILED, Kept, Outcome, key_of, stamp, told
+from lorakit.compare.outcome import DONE, FAILED, Kept, Outcome, key_of, told
 from lorakit.compare.plan import Plan, better
 from lorakit.compare.result import BASE, METHOD, Row
 from lorakit.compare.search import best_rate, next_rate
@@ -23,6 +23,7 @@ from lorakit.data import Encoded
 from lorakit.errors import RecipeError, TrainingError
 from lorakit.run.listen import Listener
 from lorakit.run.recipe import CLASSIFIERS, Recipe, to_mapping
+from lorakit.run.stamp import sources_of, stamp
 
 RUNS = "runs"
 
@@ -47,7 +48,7 @@ class Study:
         self.config = plan.config
         self.kept = Kept(folder / RUNS, retry=retry)
         self.base = Base()
-        self.stamps = stamp([plan.recipe.data.train, plan.recipe.data.eval, plan.recipe.data.test])
+        self.stamps = stamp(sources_of(plan.recipe))
         self.text_stamp = stamp([self.config.general.text])
         self._general: list[Encoded] | None = None
         reader = self._child(plan.recipe, None, "loss")
@@ -92,7 +93,7 @@ class Study:
 
     def _base_rows(self) -> list[Row]:
         if self.classifies:
-            named = self.sets.train.label_names is not None and self.config.majority
+            named = self.sets.train.label_names is not None and self.config.majority and self.quality != "loss"
             return [self._majority()] if named else []
         zero = self._base_row("base, zero-shot", 0, (self.plan.recipe.train.seed,))
         before = self.about_base()["perplexity"]
@@ -111,7 +112,7 @@ class Study:
         document = {**to_mapping(recipe), "method": None, "output": None, "train": None}
         runs = []
         for seed in seeds:
-            key = key_of(label, document, self.stamps, self.quality, shots, seed)
+            key = key_of(label, document, self.stamps, self.quality, shots, seed, recipe.train.seed)
 
             def make(seed: int = seed) -> Outcome:
                 child = self._child(recipe, self.sets, self.quality)
@@ -259,9 +260,8 @@ class Study:
 
     def about_base(self) -> dict[str, Any]:
         """The base's size, and its perplexity on the general text."""
-        key = key_of(
-            self.plan.recipe.model, self.plan.recipe.base, self.text_stamp, self.config.general, self.plan.recipe.task
-        )
+        recipe = self.plan.recipe
+        key = key_of(recipe.model, recipe.base, self.text_stamp, self.config.general, recipe.task, self.stamps)
         found = self.kept.read("base", key)
         if found is None:
             child = self.opened()

@@ -28,7 +28,8 @@ FEW = 128  # ranks up to which one product with every pair beats gathering each 
 LONG = 16  # tokens from which a run is worth products of its own
 LITTLE = 512  # tokens times ranks below which a mask costs less than putting tokens in order for a grid
 GRIDS = 3  # more than so many in one step cost more than the other ways
-LAYOUTS = 64  # of stacks for which a plan, and steps for which a stack, keeps what was worked out
+LAYOUTS = 64  # of stacks for which a plan keeps its steps
+BOUNDS = 4  # steps for which a stack keeps its views (and, with DoRA, tables)
 
 Segment = tuple[int, int]  # (adapter, -1 for the base; number of tokens)
 Single = tuple[int, "Span"]  # (token, its pair's rows)
@@ -81,7 +82,7 @@ class Stack:
         """What the steps compute with this stack; kept, for the step of the next token is mostly the same."""
         found = self._bound.get(steps)
         if found is None:
-            if len(self._bound) >= LAYOUTS:
+            if len(self._bound) >= BOUNDS:
                 self._bound.clear()
             found = self._bound[steps] = _bound(self, steps)
         return found
@@ -200,9 +201,7 @@ def _runs(plan: Plan, spans: dict[int, Span]) -> list[tuple[int, int, int]]:
     return runs
 
 
-def _mask(
-    single: list[Single], window: Segment, total: int | None, like: Tensor
-) -> tuple[Tensor | None, Tensor]:
+def _mask(single: list[Single], window: Segment, total: int | None, like: Tensor) -> tuple[Tensor | None, Tensor]:
     """(tokens or None for all, mask). total: the number of all tokens, where all take part; those of no adapter get 0."""
     start, end = window
     rows = [[0.0] * (end - start) for _ in range(len(single) if total is None else total)]
@@ -282,13 +281,12 @@ def _grid(block: list[Single], total: int, like: Tensor, *, strict: bool) -> Gri
 
 def _bound(stack: Stack, steps: Steps) -> Bound:
     made = Bound()
-    if not steps.runs:
+    if not steps.runs or steps.owner is None:
         return made
-    if steps.owner is not None:
-        gains = _table(stack.gains, steps.members, stack, 1)
-        shifts = _table(stack.shifts, steps.members, stack, 0)
-        if gains is not None or shifts is not None:
-            made.rescale = partial(rescaled, gains, shifts, steps.owner)
+    gains = _table(stack.gains, steps.members, stack, 1)
+    shifts = _table(stack.shifts, steps.members, stack, 0)
+    if gains is not None or shifts is not None:
+        made.rescale = partial(rescaled, gains, shifts, steps.owner)
     if steps.alone is not None:
         one = Grid(steps.alone.start, steps.alone.rank, 1, len(steps.owner), steps.alone.scale, ordered=True)
         made.ways.append(one.bound(stack.A, stack.Bt))

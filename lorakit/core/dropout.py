@@ -13,7 +13,7 @@ LEVELS = 2**16
 
 def keep_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
     """(mask of bool, factor): which entries of a tensor shaped as `like` stay, and 1 / the share that does."""
-    drop = round(probability * LEVELS)
+    drop = min(round(probability * LEVELS), LEVELS - 1)
     if like.device.type != "cpu":
         return torch.rand_like(like, dtype=torch.float32) >= drop / LEVELS, LEVELS / (LEVELS - drop)
     count = like.numel()

@@ -8,14 +8,16 @@ import os
 import torch
 from torch import Tensor
 
+from lorakit.errors import UsageError
+
 NAMES = ("fused", "reference")
 
 
 def asked() -> str:
-    """The value of LORAKIT_KERNELS. Raises ValueError on one that is unknown."""
+    """The value of LORAKIT_KERNELS. Raises UsageError on one that is unknown."""
     name = os.environ.get("LORAKIT_KERNELS", "fused")
     if name not in NAMES:
-        raise ValueError(f"LORAKIT_KERNELS={name!r}: expected one of {', '.join(NAMES)}.")
+        raise UsageError(f"LORAKIT_KERNELS={name!r}: expected one of {', '.join(NAMES)}.")
     return name
 
 

@@ -150,7 +150,10 @@ def gathered(A: Tensor, Bt: Tensor, bucket: Bucket, y: Tensor, x: Tensor) -> Non
 
 
 def rescaled(gains: Tensor | None, shifts: Tensor | None, owner: Tensor, y: Tensor, bias: Tensor | None) -> None:
-    """DoRA's gain, less 1, on the base's product, and what adapters add to the bias. Tables (members + 1, out); owner: (tokens,)."""
+    """DoRA's gain, less 1, on the base's product, and what adapters add to the bias.
+
+    gains, shifts: (members + 1, out); owner: (tokens,), a row of them.
+    """
     if gains is not None:
         plain = y if bias is None else y - bias.to(y.dtype)
         y.addcmul_(plain, gains[owner])

@@ -62,8 +62,10 @@ def padded(rows: Sequence[list[int]], fill: int, side: str = "right") -> Tensor:
     return torch.tensor([row + pad if side == "right" else pad + row for row, pad in zip(rows, blanks, strict=True)])
 
 
-_KEYS = frozenset(("input_ids", "attention_mask", "token_type_ids", "labels", "segments"))
-_SPLIT = (CAUSAL_LM, SEQ2SEQ, CLASSIFICATION)
+ROWS = "row_numbers"
+"""A key of batches that say which rows they hold: (rows,), or of a packed batch (examples,) in the order of their tokens."""
+_KEYS = frozenset(("input_ids", "attention_mask", "token_type_ids", "labels", "segments", ROWS))
+_SPLIT = (CAUSAL_LM, SEQ2SEQ, CLASSIFICATION, QUESTION_ANSWERING)
 PASS = 512
 """Positions that a forward and backward pass must save to be worth its calls."""
 
@@ -83,17 +85,31 @@ def split_batch(batch: Mapping[str, Tensor], most: int, task: str) -> list[Mappi
     ):
         return [batch]
     if "segments" in batch:
+        if task == QUESTION_ANSWERING:
+            return [batch]
         step = rows if rows * length <= most else max(1, most // length)
         return [_some_packed(batch, begin, begin + step, task) for begin in range(0, rows, step)]
     mask = batch["attention_mask"]
     place = torch.arange(1, length + 1, device=mask.device)
     left = not bool(mask[:, 0].all())
+    if left and task == QUESTION_ANSWERING:  # whose labels are places in the padded row
+        return [batch]
     lengths = (mask * (place.flip(0) if left else place)).amax(1).clamp_min(1).tolist()
-    order = sorted(range(rows), key=lengths.__getitem__, reverse=True)
-    cuts = _cuts([lengths[row] for row in order], most)
+    sizes = lengths if task != SEQ2SEQ else [a + b for a, b in zip(lengths, _targets(batch), strict=True)]
+    order = sorted(range(rows), key=sizes.__getitem__, reverse=True)
+    cuts = _cuts([sizes[row] for row in order], most)
     if len(cuts) == 1:
         return [batch]
-    return [_some_rows(batch, order[begin:end], lengths[order[begin]], left, task) for begin, end in cuts]
+    groups = [order[begin:end] for begin, end in cuts]
+    return [_some_rows(batch, group, max(lengths[row] for row in group), left, task) for group in groups]
+
+
+def _targets(batch: Mapping[str, Tensor]) -> list[int]:
+    """The length of each row's target."""
+    labels = batch["labels"]
+    place = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    found: list[int] = ((labels != IGNORE) * place).amax(1).tolist()
+    return found
 
 
 def _cuts(lengths: Sequence[int], most: int) -> list[tuple[int, int]]:
@@ -121,26 +137,25 @@ def _some_rows(
     def cut(tensor: Tensor) -> Tensor:
         return tensor[list(rows)][:, -length:] if left else tensor[list(rows)][:, :length]
 
-    found = {key: cut(value) for key, value in batch.items() if key != "labels"}
+    found = {key: cut(value) for key, value in batch.items() if key not in ("labels", ROWS)}
+    if ROWS in batch:
+        found[ROWS] = batch[ROWS][list(rows)]
     if "labels" in batch:
         labels = batch["labels"]
         if task == SEQ2SEQ:
             own = labels[list(rows)]
-            place = torch.arange(1, own.shape[1] + 1, device=own.device)
-            found["labels"] = own[:, : max(1, int(((own != IGNORE) * place).max()))]
+            found["labels"] = own[:, : max(1, *_targets({"labels": own}))]
         else:
             found["labels"] = labels[list(rows)] if task in (CLASSIFICATION, QUESTION_ANSWERING) else cut(labels)
     return found
 
 
 def _some_packed(batch: Mapping[str, Tensor], begin: int, end: int, task: str) -> Mapping[str, Tensor]:
-    """Rows of a packed batch; of a classification's labels those of the rows' examples."""
-    found = {key: value[begin:end] for key, value in batch.items() if key != "labels"}
-    if "labels" in batch and task == CLASSIFICATION:
-        held = batch["segments"].amax(1)
-        first, count = int(held[:begin].sum()), int(held[begin:end].sum())
-        return found | {"labels": batch["labels"][first : first + count]}
-    return found | ({"labels": batch["labels"][begin:end]} if "labels" in batch else {})
+    """Rows of a packed batch; of what there is for each example, that of the rows' examples."""
+    held = batch["segments"].amax(1)
+    examples = slice(int(held[:begin].sum()), int(held[:end].sum()))
+    single = {ROWS, "labels"} if task == CLASSIFICATION else {ROWS}
+    return {key: value[examples if key in single else slice(begin, end)] for key, value in batch.items()}
 
 
 class BatchOrder:

@@ -16,6 +16,7 @@ prompts             prompts to answer, without completions: one a line of a .txt
 imagefolder         a folder of images with a subfolder a class (image_classes.py)
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -300,6 +301,8 @@ def _text_label(row: Row, line: int, parsing: Parsing) -> LabelRow:
     label = row.get(columns.label)
     if isinstance(label, str):
         label = label.strip() or None
+    if isinstance(label, float) and math.isnan(label):  # how a table writes that there is none
+        label = None
     if not parsing.targets and label in (None, UNLABELLED):
         return LabelRow(text, pair, None, line, columns.label)
     if label is None:

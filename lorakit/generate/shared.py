@@ -35,6 +35,7 @@ def shared_beginning(model: Any, rows: Sequence[Sequence[int]], device: torch.de
     shared. The last token of a row is never part of it, for its output is wanted.
     """
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
     length = _shared_length(rows) if len(rows) > 1 else 0
     host = find_host(model)
@@ -43,7 +44,9 @@ def shared_beginning(model: Any, rows: Sequence[Sequence[int]], device: torch.de
         return None
     ids = torch.tensor(rows[0][:length], device=device)
     cache = DynamicCache(config=model.config)
-    if any(layer.is_sliding for layer in cache.layers):
+    if any(
+        type(layer) is not DynamicLayer for layer in cache.layers
+    ):  # a window, or a state that is no keys and values
         return None
     model(input_ids=ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
     return Beginning(ids, cache) if cache.get_seq_length() == length else None

@@ -30,6 +30,10 @@ class FromBase(Variant):
 
     def check(self, path: str, leaf: nn.Module, kind: LeafKind, pair: Pair) -> None:
         weight = leaf._parameters["weight"]
+        if not pair.scale > 0:
+            raise UsageError(
+                f"{path}: a start from the weight's own directions takes an alpha above 0; this makes a scale of {pair.scale:g}."
+            )
         if not isinstance(kind, LinearKind) or weight is None or not is_dense(weight) or pair.parts is not None:
             raise UsageError(
                 f"{path} ({type(leaf).__name__}) cannot start from its weight's own directions: that takes a whole, dense linear "
@@ -60,7 +64,9 @@ class PiSSA(FromBase):
         if self.niter is None:
             V, S, Uh = torch.linalg.svd(weight, full_matrices=False)
         else:
-            V, S, U = torch.svd_lowrank(weight, r, niter=self.niter)
+            with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+                torch.manual_seed(0)  # its sketch is drawn from the global generator, whatever stands there
+                V, S, U = torch.svd_lowrank(weight, r, niter=self.niter)
             Uh = U.t()
         root = (S[:r] / scale).sqrt()
         return root[:, None] * Uh[:r], V[:, :r] * root

@@ -74,8 +74,8 @@ class Starter:
         scale, dropout = self.method.scaling(path), self.method.dropout
         if kind.zero == "A":  # an embedding, as loralib: At (vocab, r) zero, Bt (r, dim) from N(0, 1)
             at = torch.zeros(a_shape, dtype=like, device=weight.device)
-            return Pair(at, self._random(b_shape, "normal", like, weight.device), scale, dropout)
-        a = self._random(a_shape, self.method.init, like, weight.device)
+            return Pair(at, self._random(b_shape, "normal", like, weight.device, r), scale, dropout)
+        a = self._random(a_shape, self.method.init, like, weight.device, r)
         return Pair(a, torch.zeros(b_shape, dtype=like, device=weight.device), scale, dropout, parts=parts)
 
     def raw(self, path: str, module: nn.Module, name: str) -> Pair:
@@ -96,7 +96,7 @@ class Starter:
             )
         experts, d_in, d_out = raw_shape(module, parameter)
         r, like = method.rank(path), self._like(parameter)
-        a = self._random((experts * r, d_in), method.init, like, parameter.device)
+        a = self._random((experts * r, d_in), method.init, like, parameter.device, r)
         return Pair(a, torch.zeros(r * experts, d_out, dtype=like, device=parameter.device), method.scaling(path))
 
     def attention(self, draft: Draft, path: str, module: nn.Module) -> None:
@@ -121,7 +121,7 @@ class Starter:
     def _like(self, weight: Tensor) -> torch.dtype:
         return self.dtype or dense_dtype(weight)
 
-    def _random(self, shape: tuple[int, ...], how: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _random(self, shape: tuple[int, ...], how: str, dtype: torch.dtype, device: torch.device, r: int) -> Tensor:
         """Initial values, drawn in float32 on the CPU so that a seed gives the same on every device and in every dtype."""
         if device.type == "meta":
             return torch.empty(shape, dtype=dtype, device=device)
@@ -129,7 +129,7 @@ class Starter:
         if how == "normal":
             nn.init.normal_(values, generator=self.generator)
         elif how == "gaussian":
-            nn.init.normal_(values, std=1.0 / self.method.r, generator=self.generator)
+            nn.init.normal_(values, std=1.0 / r, generator=self.generator)
         else:
             nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=self.generator)
         return values.to(device=device, dtype=dtype)

@@ -35,6 +35,8 @@ DEFAULTS: tuple[LoRA, ...] = (
     LoRA(r=64),
 )
 """What a plan compares with full fine-tuning where no method is asked for."""
+HEADED = (*CLASSIFIERS, "question-answering")
+"""Tasks whose head is new, and trained in full."""
 _NAME = "plan"
 
 
@@ -78,6 +80,11 @@ def plan(
     planner = _Planner(blueprint, work, kind, own, optimizer)
     full = planner.row(FULL, None)
     rows = (full, *(planner.row(one, full) for one in methods))
+    if own is None and kind.itemsize < 4 and methods:
+        planner.notes.append(
+            f"the adapters are planned in {str(kind).removeprefix('torch.')}, as attach makes them and the paper counts them; "
+            "lorakit train trains them in float32 (adapter_dtype, --adapter-dtype float32)."
+        )
     return Plan(
         blueprint.name,
         blueprint.task,
@@ -176,14 +183,14 @@ class _Planner:
             parameter.grad = None
 
     def _head_size(self, model: nn.Module) -> int:
-        head = output_head(model) if self.work.task in CLASSIFIERS else None
+        head = output_head(model) if self.work.task in HEADED else None
         return 0 if head is None else sum(tensor.numel() for tensor in model.get_submodule(head).parameters())
 
     def _filled(self, method: Method, model: nn.Module) -> Method:
         """Short names spelt out; a classifier's new head trained in full, as `lorakit train` does."""
         if isinstance(method, LoRA):
             method = spelt_out(method, model)
-        return with_head(method, output_head(model)) if self.work.task in CLASSIFIERS else method
+        return with_head(method, output_head(model)) if self.work.task in HEADED else method
 
     def _traced(self, method: Method | str, sizes: _Sizes) -> Traced | None:
         """The step's memory and FLOPs; None, with a note, where the model cannot be followed."""

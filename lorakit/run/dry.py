@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -22,6 +21,7 @@ from lorakit.run.listen import Listener
 from lorakit.run.recipe import Recipe, load_recipe
 from lorakit.run.subject import NAME
 from lorakit.run.train import Run, kind_of
+from lorakit.run.turns import wait
 from lorakit.train.loop import Hooks, Trainer
 from lorakit.train.loss import Batch
 from lorakit.train.optimizer import state_of
@@ -34,6 +34,7 @@ STEPS = 3
 class Memory:
     """What a run holds, in bytes, term by term.
 
+    adapter: its tensors, and their newest values whose loss was a number, which the trainer keeps.
     activations: what the backward pass of the largest batch tried keeps, scaled to the epoch's largest. Temporaries of
     single operations come on top; peak: what this process really held in the steps tried.
     """
@@ -126,14 +127,16 @@ def dry_run(
 def _measured(run: Run, trainer: Trainer, epoch: Epoch, heard: Sequence[Mapping[str, float]]) -> DryRun:
     size = run.recipe.train.accumulate
     wanted = min(STEPS, trainer.total, -(-epoch.batches // size))
+    begin = time.perf_counter()
     made = list(islice(trainer.batches.make(0, 0), wanted * size))
+    making = (time.perf_counter() - begin) / wanted  # of a step's batches
     groups = [made[begin : begin + size] for begin in range(0, len(made), size)]
     trainer.model.train()
     passes = [part for batch in made for part in trainer.parts(batch)]
     activations = _activations(trainer, max(passes, key=_positions), epoch.largest)
     times = []
     for done, group in enumerate(groups):
-        times.append(_timed(trainer, group))
+        times.append(making + _timed(trainer, group))
         run.listener.progress(done + 1, len(groups))
     tried = list(zip(groups, times, strict=True))
     measured = tried[1:] or tried  # a run of one step has none to warm up with
@@ -154,16 +157,11 @@ def _measured(run: Run, trainer: Trainer, epoch: Epoch, heard: Sequence[Mapping[
 
 
 def _timed(trainer: Trainer, group: Sequence[Batch]) -> float:
-    _wait()
+    wait()
     begin = time.perf_counter()
     trainer.step(group)
-    _wait()
+    wait()
     return time.perf_counter() - begin
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _whole(
@@ -210,7 +208,7 @@ def _memory(run: Run, trainer: Trainer, activations: int) -> Memory:
     state = list(state_of(trainer.optimizer, trainer.flat).values())
     return Memory(
         base=model_bytes(run.model),
-        adapter=_bytes(parameters),
+        adapter=_bytes(parameters) + _bytes(trainer.good),
         gradients=_bytes(parameters),
         optimizer=_bytes(state),
         activations=activations,
@@ -233,7 +231,7 @@ def _activations(trainer: Trainer, batch: Batch, largest: int | None) -> int:
         return tensor
 
     moved = {key: value.to(trainer.accelerator.device) for key, value in batch.items()}
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors_hooks(pack, lambda tensor: tensor), trainer.accelerator.autocast():
         part = trainer.objective.loss(trainer.model, moved)
     count = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     del part

@@ -1,5 +1,6 @@
 """Whether a run keeps the states below its first adapted block (lorakit.train.prefix_cache), and its batches if so."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.data import collate
+from lorakit.data.batch import ROWS
 from lorakit.data.pack import SEGMENTS, pack_rows
 from lorakit.errors import RecipeError, UsageError
 from lorakit.run.batches import EncodedBatches
@@ -18,7 +20,7 @@ from lorakit.train.config import TrainConfig
 from lorakit.train.loop import Batches, total_steps
 from lorakit.train.loss import Objective
 from lorakit.train.prefix import find_prefix, lowest_block_trained
-from lorakit.train.prefix_cache import ROWS, PrefixCache, cached_objective, check_exact
+from lorakit.train.prefix_cache import PrefixCache, cached_objective, check_exact
 from lorakit.train.prefix_store import GIB, StateStore
 from lorakit.train.world import World
 
@@ -41,8 +43,9 @@ def prefixed(
     States that memory does not take go to the run's folder. Raises RecipeError for `prefix_cache: true` where it cannot be.
     """
     settings = recipe.train
-    forced, passes = settings.prefix_cache is True, total_steps(settings, len(batches)) * settings.accumulate
-    if settings.prefix_cache is False or (not forced and (passes <= len(batches) or lowest_block_trained(model))):
+    forced, epoch = settings.prefix_cache is True, math.ceil(len(batches) / settings.accumulate)
+    once = total_steps(settings, len(batches)) <= epoch  # no row is seen twice
+    if settings.prefix_cache is False or (not forced and (once or lowest_block_trained(model))):
         return batches, objective
     try:
         if world is not None and world.size > 1:

@@ -90,17 +90,17 @@ def _timed(work: Callable[[], Any]) -> float:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        _wait()
+        wait()
         begin = time.perf_counter()
         work()
-        _wait()
+        wait()
         return time.perf_counter() - begin
     finally:
         if collecting:
             gc.enable()
 
 
-def _wait() -> None:
+def wait() -> None:
     """Until the GPU, where there is one, has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -285,6 +285,11 @@ class Bank:
             raise TypeError(f"{version.name!r} is placed by a request that does not hold it")
         return self.places.ensure(version.id, rows, active)
 
+    def settle(self) -> None:
+        """Have the running versions' rows stand side by side. Serving thread, between forwards; see Places.settle."""
+        with self._lock:
+            self.places.settle()
+
     def rows(self, version: Version) -> Rows:
         """The tensors of a version that the caller holds."""
         with self._lock:

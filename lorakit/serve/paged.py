@@ -17,6 +17,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
+from lorakit.core.batched import LONG
 from lorakit.core.route import Live
 from lorakit.serve.bank import Bank
 from lorakit.serve.limits import Limits
@@ -53,10 +54,16 @@ class AdapterScheduler(FIFOScheduler):
         with self.turns:  # adapters come to their places: no forward of another thread may run
             scheduled, *rest = super().schedule_batch(token_budget, cache_budget)
             self._note()
-        if scheduled:
-            scheduled.sort(key=lambda future: self._adapter(future.state))
-            self.batch = scheduled
+            self.bank.settle()
+            if scheduled:
+                scheduled.sort(key=self._order)
+                self.batch = scheduled
         return (scheduled, *rest)
+
+    def _order(self, future: FutureRequestState) -> tuple[bool, int]:
+        """Requests that go on by a token in the order of their adapters' rows, then prompts."""
+        place = self.bank.places.placed.get(self._adapter(future.state))
+        return future.query_length >= LONG, -1 if place is None else place.start
 
     def _note(self) -> None:
         """Tell the bank whose rows must stay where they are."""

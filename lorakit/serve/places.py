@@ -1,8 +1,8 @@
 """Which adapters have their rows in the layers' stacks, and where: the device's tier. Called between forwards alone.
 
 An adapter takes the same rows in every layer, as many as its own greatest rank. Rows of adapters that no request runs
-on stay until their place is needed. The lowest place is taken first: few rows in all keep one product for all of them
-the cheapest way (see lorakit.core.batched.FEW).
+on stay until their place is needed. The lowest place is taken first, and those that run move together (`settle`): pairs
+that stand side by side are multiplied where they stand (see lorakit.core.batched.Grid).
 """
 
 import itertools
@@ -44,6 +44,7 @@ class Places:
     copies: int = 0
     hits: int = 0
     evictions: int = 0
+    moves: int = 0
     _clock: int = 0
     _keys: dict[object, int] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -59,12 +60,9 @@ class Places:
         start = self._free(rows.rank, frozenset(active).union(*list(self.running.values())))
         if start is None:
             return False
-        if len(self._keys) > HISTORIES:
-            self._forget_histories()
+        self._bound_histories()
         end = start + rows.rank
-        for other in [key for key, one in self.placed.items() if one.start < end and start < one.end]:
-            self.evictions += 1
-            self.drop(other)
+        self._clear(start, end)
         for path, row in rows.layers.items():
             self._write(path, adapter, row, start)
         self.placed[adapter] = Placed(start, end, tuple(rows.layers), self._clock)
@@ -82,6 +80,40 @@ class Places:
             else:
                 del stack.pairs[adapter]
             stack.key = self._key((stack.key, adapter))
+
+    def settle(self) -> None:
+        """Move adapters that run down into rows that none of them has, so that they stand side by side."""
+        running = {adapter for held in list(self.running.values()) for adapter in held if adapter in self.placed}
+        while running:
+            last = max(running, key=lambda adapter: self.placed[adapter].start)
+            place = self.placed[last]
+            others = [(self.placed[key].start, self.placed[key].end) for key in running - {last}]
+            start = _gap(others, place.end - place.start, place.start)
+            if start is None or start == place.start:  # the same: of an adapter without rows
+                return
+            self._move(last, start)
+
+    def _move(self, adapter: int, start: int) -> None:
+        """To rows below its own, of adapters that do not run."""
+        self._bound_histories()
+        place = self.placed[adapter]
+        end = start + place.end - place.start
+        self._clear(start, end)
+        for path in place.paths:
+            stack = self.stacks[path]
+            old = stack.spans[adapter]
+            new = stack.spans[adapter] = Span(start, old.rank, old.scale)
+            if isinstance(stack, Stack):
+                stack.A[start : new.end].copy_(stack.A[old.start : old.end])
+                stack.Bt[start : new.end].copy_(stack.Bt[old.start : old.end])
+            stack.key = self._key((stack.key, adapter, new))
+        place.start, place.end = start, end
+        self.moves += 1
+
+    def _clear(self, start: int, end: int) -> None:
+        for other in [key for key, one in self.placed.items() if one.start < end and start < one.end]:
+            self.evictions += 1
+            self.drop(other)
 
     def _free(self, rank: int, active: Collection[int]) -> int | None:
         """The lowest start with `rank` rows to take: free ones first, then those of the longest unused."""
@@ -153,8 +185,10 @@ class Places:
             self._keys[history] = next(self._numbers)
         return self._keys[history]
 
-    def _forget_histories(self) -> None:
-        """Number the layouts as they are now, so that what came and went takes no memory for ever."""
+    def _bound_histories(self) -> None:
+        """Number the layouts as they are now, where many were: what came and went takes no memory for ever."""
+        if len(self._keys) <= HISTORIES:
+            return
         self._keys.clear()
         for stack in self.stacks.values():
             stack.key = self._key(tuple(sorted(stack.spans.items(), key=lambda item: item[0])))

@@ -11,6 +11,7 @@ from typing import Any
 from lorakit.errors import OutputError, UsageError
 from lorakit.run.listen import Listener
 from lorakit.run.recipe import Recipe
+from lorakit.run.stamp import sources_of, stamp
 from lorakit.sweep.members import Plan, plan_members
 from lorakit.sweep.result import SweepResult, member_result
 from lorakit.sweep.together import group_of, train_alone, train_together
@@ -55,10 +56,12 @@ def sweep(
         _check_free(plan, overwrite)
     if len(waiting) < len(plans):
         listener.note(f"{len(plans) - len(waiting)} of {len(plans)} are there already")
-    left = len(waiting)
+    left, named = len(waiting), {plan.name: plan for plan in waiting}
+    stamps = {plan.name: stamp(sources_of(plan.recipe)) for plan in waiting}
 
     def finished(name: str) -> None:
         nonlocal left
+        named[name].mark(stamps[name])
         left -= 1
         listener.note(f"{name} is done, {left} to go")
 
@@ -77,7 +80,8 @@ def _check_free(plan: Plan, overwrite: bool) -> None:
     """Raise where a member's folder holds another finished run; what an unfinished one left is begun anew."""
     if plan.folder.summary.exists() and not overwrite:
         raise OutputError(
-            f"{plan.folder.path} holds a run of another recipe. Choose another output for the sweep, or replace it (--overwrite)."
+            f"{plan.folder.path} holds a run of another recipe, or of data that has changed since. Choose another output for "
+            "the sweep, or replace it (--overwrite)."
         )
 
 

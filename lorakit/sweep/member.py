@@ -1,6 +1,7 @@
 """One run of a sweep: as `lorakit train`'s, on a model and data that it shares with others."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Member(Run):
         plain = self.task_objective()
         self.measured = pruned_objective(plain, self.model) if settings.prune_last_block else plain
         hooks = Hooks(
-            row=self.folder.add_row,
+            row=self.told,
             evaluate=self.evaluate if self.eval_rows else None,
             higher_is_better=lambda name: name in METRICS and METRICS[name].higher_is_better,
         )
@@ -69,6 +70,11 @@ class Member(Run):
         as_if_packed(self.recipe, self.loaded, batches)
         parts = parts_of(self.recipe, own_loss=False)
         return MemberTrainer(self.model, trained, batches, self.objective, settings, hooks, rates, parts)
+
+    def told(self, row: Mapping[str, float]) -> None:
+        """A row of its metrics; the listener hears of the pass as a whole."""
+        self.folder.add_row(row)
+        self.trackers.row(row)
 
     def begin(self) -> None:
         """Open the folder. What an unfinished sweep left in it is replaced."""
@@ -80,6 +86,7 @@ class Member(Run):
 
     def finish(self, trainer: MemberTrainer, failed: str | None) -> None:
         """Save the adapter, measure it, and write summary and report. failed: what ended its training early."""
+        self.trackers.finish()
         with use(self.model, self.name):
             self.save_adapter()
             if failed is not None:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,12 @@ from lorakit.errors import LorakitError, UsageError
 from lorakit.run.document import read_yaml
 from lorakit.run.folder import RunFolder
 from lorakit.run.recipe import Recipe, load_recipe, to_mapping
+from lorakit.run.stamp import sources_of, stamp
+from lorakit.store.files import write_json
 
 SEED = "train.seed"
+SOURCES = "sources.json"
+"""In a member's folder: the stamp of what it was trained on."""
 LONGEST = 60  # characters of a folder's name
 
 
@@ -31,12 +36,24 @@ class Plan:
         return RunFolder(self.recipe.output)
 
     def done(self) -> bool:
-        """Whether its folder holds this very run, finished. Raises FileError, RecipeError where its files are damaged."""
+        """Whether its folder holds this very run of the same data, finished. Raises FileError, RecipeError where its files are
+        damaged."""
         folder = self.folder
         if not (folder.recipe.is_file() and folder.summary.is_file()):
             return False
         folder.read_summary()
-        return to_mapping(load_recipe(folder.recipe)) == to_mapping(self.recipe)
+        same = to_mapping(load_recipe(folder.recipe)) == to_mapping(self.recipe)
+        return same and self._known_sources() == stamp(sources_of(self.recipe))
+
+    def mark(self, sources: Sequence[str]) -> None:
+        """Say what the finished run was of: the stamp that was taken before it was read."""
+        write_json(self.folder.path / SOURCES, list(sources))
+
+    def _known_sources(self) -> Any:
+        try:
+            return json.loads((self.folder.path / SOURCES).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # never marked, or damaged: it is made again
+            return None
 
 
 def parse_vary(items: Sequence[str]) -> dict[str, list[Any]]:

@@ -52,7 +52,9 @@ def group_of(recipe: Recipe) -> str | None:
 def train_alone(recipe: Recipe, listener: Listener) -> None:
     """A member that shares nothing: an ordinary run in its folder. One whose loss is no number is told as failed there."""
     try:
-        train(recipe, overwrite=True, listener=listener)
+        result = train(recipe, overwrite=True, listener=listener)
+        if result.interrupted:
+            raise KeyboardInterrupt
     except TrainingError as error:
         folder = RunFolder(recipe.output)
         steps = max((row.get("step", 0) for row in rows_of(folder)), default=0)

@@ -1,5 +1,6 @@
 """The settings of a training run."""
 
+import math
 from dataclasses import dataclass
 
 from lorakit.errors import UsageError
@@ -88,11 +89,11 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise UsageError(f"train.{name} must be at least 1, not {value}.")
         for name in ("epochs", "lr"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"train.{name} must be above 0, not {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"train.{name} must be a finite number above 0, not {getattr(self, name)}.")
         for name in ("warmup", "weight_decay", "prefix_memory", "prefix_disk"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"train.{name} must not be negative, not {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"train.{name} must be a finite number of at least 0, not {getattr(self, name)}.")
         for name in ("beta1", "beta2", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"train.{name} must be in [0, 1), not {getattr(self, name)}.")

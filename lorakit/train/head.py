@@ -32,7 +32,7 @@ def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, 
     head = _head(inner)
     if head is None or inner in _LATER or not kernels.fused:
         return None
-    before = None if inner in _PLAIN else torch.get_rng_state()
+    before = None if inner in _PLAIN else _draws(inner)
     with _through(head) as seen:
         logits = model(**inputs).logits
     if len(seen) == 1 and logits is seen[0]:
@@ -40,8 +40,20 @@ def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, 
         return seen[0], head
     _LATER.add(inner)
     if before is not None:
-        torch.set_rng_state(before)  # the forward that counts draws what this one drew: a resumed run must not differ
+        _draw_again(inner, before)  # the forward that counts draws what this one drew: a resumed run must not differ
     return None
+
+
+def _draws(model: nn.Module) -> list[Tensor]:
+    """The states of the generators that a forward pass draws from."""
+    device = next(model.parameters()).device
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _draw_again(model: nn.Module, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], next(model.parameters()).device)
 
 
 def summed_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, smoothing: float) -> Tensor:

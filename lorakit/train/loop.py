@@ -84,6 +84,7 @@ class Trainer:
         self.optimizer = self.accelerator.prepare_optimizer(optimizer_for(config, self.flat), device_placement=False)
         self.state, self.best, self.good = TrainState(), None, self.flat.copy()
         self.total = total_steps(config, len(batches))
+        self.making = 0.0  # seconds that the newest step's batches took to make
         self.asked_to_stop = self.interrupted = False
 
     def _prepared(self, model: nn.Module) -> nn.Module:
@@ -149,7 +150,9 @@ class Trainer:
         self.model.train()
         source = self.batches.make(state.epoch, state.batch)
         while self._goes_on():
+            begin = time.perf_counter()
             group = [batch for _, batch in zip(range(config.accumulate), source, strict=False)]
+            self.making = time.perf_counter() - begin
             if not group:
                 state.epoch, state.batch = state.epoch + 1, 0
                 return
@@ -177,7 +180,7 @@ class Trainer:
         self.flat.updated()
         seen = [counts(batch) for batch in group if batch]
         examples, tokens = map(int, self.world.sums([sum(one[0] for one in seen), sum(one[1] for one in seen)]))
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - begin + self.making
         state.step, state.batch, state.tokens = state.step + 1, state.batch + len(group), state.tokens + tokens
         state.examples += examples
         state.seconds += seconds
@@ -281,7 +284,11 @@ def _accelerator(config: TrainConfig) -> "Accelerator":
             "this CPU has no bf16 arithmetic: train.precision bf16 will be many times slower than fp32.", stacklevel=4
         )
     AcceleratorState._reset_state()  # it outlives a run, and would refuse a second one of another precision
-    return Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision=precision)
+    accelerator.gradient_accumulation_steps = (
+        1  # its launchers set it in the environment, and each loss would be divided by it
+    )
+    return accelerator
 
 
 def _checkpointing(model: nn.Module, wanted: bool) -> None:

@@ -8,10 +8,14 @@ import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for each other: the first alone measures the base and answers the whole eval set."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ def join() -> World:
             return World()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        distributed.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+        backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, timeout=PATIENCE)
         atexit.register(distributed.destroy_process_group)
     device = "cpu" if "gloo" in str(distributed.get_backend()) or not torch.cuda.is_available() else "cuda"
     return World(distributed.get_rank(), distributed.get_world_size(), device)

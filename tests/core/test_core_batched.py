@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.core.batched import FEW, LONG, Plan, Span, Stack, add_batched_, row_plan
+from lorakit.core.batched import LONG, Plan, Span, Stack, Steps, add_batched_, row_plan
 
 IN, OUT = 24, 40
 SCALES = (2.0, 0.7, 5.656854, 1.0, 0.25)
@@ -120,18 +120,73 @@ def test_gains_and_shifts_are_each_adapters_own() -> None:
 
 
 def test_the_ways_are_the_ones_meant() -> None:
-    few, many = stack_of([8] * (FEW // 8)), stack_of([8] * (FEW // 8 + 1))
+    alike, unlike, many = stack_of([8] * 20), stack_of([8, 3, 4, 8, 5]), stack_of([30, 20, 40, 50, 10])
     like = torch.zeros(1)
-    decoding = Plan([(k, 1) for k in range(FEW // 8)]).steps(few, like)
-    assert decoding.mask is not None
-    assert not decoding.buckets
-    gathered = Plan([(k, 1) for k in range(FEW // 8 + 1)]).steps(many, like)
-    assert gathered.mask is None
-    assert len(gathered.buckets) == 1
-    assert Plan([(0, 1), (0, 1)]).steps(few, like).alone == few.spans[0]
-    assert len(Plan([(0, LONG), (0, LONG), (1, LONG)]).steps(few, like).long) == 2
+
+    def steps(stack: Stack, *owners: int, strict: bool = False) -> Steps:
+        return Plan([(owner, 1) for owner in owners], strict=strict).steps(stack, like)
+
+    ordered = steps(alike, *range(20))
+    assert [(one.ordered, one.count, one.depth) for one in ordered.grids] == [(True, 20, 1)]
+    assert ordered.mask is None
+    assert not ordered.buckets
+    pairs = steps(alike, *(k // 2 for k in range(8)))
+    assert [(one.ordered, one.count, one.depth) for one in pairs.grids] == [(True, 4, 2)]
+    mixed_up = steps(alike, *reversed(range(9)))
+    assert [(one.ordered, one.count) for one in mixed_up.grids] == [(False, 9)]
+    assert steps(alike, 1, 0).mask is not None  # so little that putting in order costs more
+    assert steps(unlike, *range(5)).mask is not None  # more grids than are worth it
+    assert len(steps(many, *range(5)).buckets) == 5
+    assert [one.count for one in steps(alike, *range(8), strict=True).grids] == [8]
+    assert len(steps(alike, *[0, 1] * 4, strict=True).buckets) == 1
+    assert steps(alike, 0, 0).alone == alike.spans[0]
+    assert len(Plan([(0, LONG), (0, LONG), (1, LONG)]).steps(alike, like).long) == 2
     plan = Plan([(0, 1)])
-    assert plan.steps(few, like) is plan.steps(few, like)
+    assert plan.steps(alike, like) is plan.steps(alike, like)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "owners",
+    [
+        [*range(12)],
+        [*reversed(range(12))],
+        [0, 2, 3, 5, 7, 8, 9, 11],  # with holes
+        [3, 3, 1, 0, 0, 0, 2, 4, 5, 6, 7, 1],  # unlike numbers of tokens
+        [-1, -1, 4, 5, 6, 7, 8, 9, 10, 11],  # tokens of the base before them
+        [4, 5, 6, 7, -1, 8, 9, 10, 11, -1],
+        [0, 1, 2, 3, 14, 15, 16, 17, 18, 19],  # two grids
+        [0, 1, 2, 3, 10, 11, 12, 13, 16, 17, 18, 19, 7],
+    ],
+)
+def test_grids_give_each_token_its_own(owners: list[int], strict: bool) -> None:
+    stack = stack_of([4] * 20)
+    segments = [(owner, 1) for owner in owners]
+    x, y = batch(segments)
+    expected = written_out(stack, segments, x, y)
+    torch.testing.assert_close(run(stack, segments, x, y, strict=strict).double(), expected, rtol=1e-5, atol=1e-4)
+    with_prompt = [*segments, (5, LONG + 3)]
+    x, y = batch(with_prompt)
+    expected = written_out(stack, with_prompt, x, y)
+    torch.testing.assert_close(run(stack, with_prompt, x, y, strict=strict).double(), expected, rtol=1e-5, atol=1e-4)
+    if strict:
+        zero = torch.zeros_like(y)
+        together = run(stack, with_prompt, x, zero, strict=True)
+        for token, owner in enumerate(owners):
+            own = slice(token, token + 1)
+            assert torch.equal(together[own], run(stack, [(owner, 1)], x[own], zero[own], strict=True)), token
+
+
+def test_what_a_stack_keeps_follows_its_tensors() -> None:
+    stack = stack_of([4, 8])
+    segments = [(0, 1), (1, 1)]
+    x, y = batch(segments)
+    plan = Plan(segments)
+    add_batched_(y.clone(), x, stack, plan.steps(stack, x), None)
+    A, Bt = stack.A * 2, stack.Bt * 3
+    stack.replace(A, Bt)
+    actual = add_batched_(y.clone(), x, stack, plan.steps(stack, x), None)
+    torch.testing.assert_close(actual.double(), written_out(stack, segments, x, y), rtol=1e-5, atol=1e-4)
 
 
 def test_rows_stand_for_their_neighbours() -> None:

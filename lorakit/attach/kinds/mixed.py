@@ -3,6 +3,7 @@
 `lorakit.route` stacks the pairs that stand on the leaf; a serving bank has stacks of its own, which it keeps up to date.
 """
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lorakit.attach.site import LowRank, Site, Slot
 from lorakit.core.batched import Plan, Span, Stack, Steps, Tables
+from lorakit.core.kernels import autocasting
 from lorakit.core.route import Live
 from lorakit.errors import AdapterError
 
@@ -70,8 +72,11 @@ class Ready:
         self.inputs, self.outputs = (*lead, x.shape[-1]), (*lead, y.shape[-1])
         self.shaped = x.shape == self.inputs
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether a call on x is such a call."""
+    def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call with these is such a call."""
+        if kwargs or len(args) != 1:
+            return False
+        x = args[0]
         return (
             self.route.step is self.step
             and self.stack.key == self.key
@@ -104,7 +109,8 @@ def _added(
     flat = x.reshape(-1, *x.shape[x.dim() - kind.row_width(x) :])
     if flat.is_floating_point() and flat.dtype != like.dtype:
         flat = flat.to(like.dtype)
-    kind.add_mixed(leaf, out.view(-1, out.shape[-1]), flat, stack, steps)
+    with torch.autocast(x.device.type, enabled=False) if autocasting(x) else nullcontext():  # the pairs keep their type
+        kind.add_mixed(leaf, out.view(-1, out.shape[-1]), flat, stack, steps)
     return out if out is y else out.to(y.dtype)
 
 
