@@ -103,7 +103,7 @@ def _check_kind(adapter: Adapter) -> None:
     if parts:
         raise UsageError(
             f"{adapter.source}: the experts of a stack share one rank, and a grouped convolution's is a multiple of its groups, "
-            f"so no rank of their own can be advised for the parts of {', '.join(parts[:3])}. `lorakit analyze` shows what they use."
+            f"so no rank of their own can be advised for the parts of {', '.join(parts[:3])}. lorakit analyze shows their use."
         )
 
 
