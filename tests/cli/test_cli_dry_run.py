@@ -43,8 +43,9 @@ def test_memory_has_its_terms(dry, texts):
     memory = dry(texts)["memory"]
     terms = ["base", "adapter", "gradients", "optimizer", "activations"]
     assert memory["total"] == sum(memory[term] for term in terms)
-    assert memory["adapter"] == memory["gradients"] == 4 * dry(texts)["trainable"]
-    assert 2 * memory["adapter"] <= memory["optimizer"] < 2 * memory["adapter"] + 1024
+    assert memory["gradients"] == 4 * dry(texts)["trainable"]
+    assert memory["adapter"] == 2 * memory["gradients"]  # and its newest good values
+    assert 2 * memory["gradients"] <= memory["optimizer"] < 2 * memory["gradients"] + 1024
     assert memory["activations"] > 0
 
 

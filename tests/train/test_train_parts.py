@@ -8,7 +8,7 @@ import torch
 
 import lorakit as lk
 from lorakit.data import Encoded, collate
-from lorakit.data.batch import PASS, split_batch
+from lorakit.data.batch import PASS, ROWS, split_batch
 from lorakit.data.pack import SEGMENTS, collate_packed
 from lorakit.train.config import TrainConfig
 from lorakit.train.loss import objective_for
@@ -85,9 +85,32 @@ def test_no_other_cut_is_cheaper():
     for _ in range(30):
         lengths = [draw.choice([3, 60, 300, 900]) + draw.randrange(20) for _ in range(draw.randrange(2, 9))]
         most = draw.choice([500, 2000, 10**6])
-        batch = collate(rows_of("seq2seq", lengths), pad_id=0, task="seq2seq")
-        parts = split_batch(batch, most, "seq2seq")
+        batch = collate(rows_of("causal-lm", lengths), pad_id=0, task="causal-lm")
+        parts = split_batch(batch, most, "causal-lm")
         assert sum(part["input_ids"].numel() + PASS for part in parts) == brute(sorted(lengths)[::-1], most)
+
+
+def test_the_target_of_seq2seq_counts():
+    rows = [Encoded([5] * 4, [7] * 100, 0) for _ in range(6)]
+    parts = split_batch(collate(rows, pad_id=0, task="seq2seq"), 250, "seq2seq")
+    assert [len(part["labels"]) for part in parts] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_row_numbers_go_with_their_rows(packed):
+    """What the prefix cache finds its states by; without it a cached run would ignore pass_tokens."""
+    rows = [Encoded([10 + k] * length, [10 + k] * length, 0) for k, length in enumerate([5, 40, 7, 6, 38, 1, 12])]
+    if packed:
+        groups = [[0, 2], [1], [3, 4], [6, 5]]
+        batch = collate_packed(rows, groups, pad_id=0, task="causal-lm")
+        batch[ROWS] = torch.tensor([number for group in groups for number in group])
+    else:
+        batch = {**collate(rows, pad_id=0, task="causal-lm"), ROWS: torch.arange(7)}
+    parts = split_batch(batch, 80, "causal-lm")
+    assert len(parts) > 1
+    for part in parts:
+        firsts = [list(dict.fromkeys(row[row > 0].tolist())) for row in part["input_ids"]]
+        assert [number + 10 for number in part[ROWS].tolist()] == [one for row in firsts for one in row]
 
 
 def test_what_is_not_cut():
