@@ -99,9 +99,9 @@ def test_predictions_are_written_whole_or_not_at_all(tmp_path):
         yield {"a": 1}
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OutputError, match="no space left"):
         ev.write_predictions(path, breaks())
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2
     assert os.listdir(tmp_path) == ["predictions.jsonl"]
-    with pytest.raises(OutputError, match="cannot be written"):
-        ev.write_predictions(tmp_path / "none" / "x.jsonl", rows)
+    with pytest.raises(OutputError, match="x.jsonl"):
+        ev.write_predictions(path / "x.jsonl", rows)  # inside a file
