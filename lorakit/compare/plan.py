@@ -107,7 +107,7 @@ def _check_arms(plan: Plan) -> None:
     faults: list[str] = []
     for arm in plan.arms:
         try:
-            load_recipe(_with_method(plan.document, arm))
+            check_recipe(load_recipe(_with_method(plan.document, arm)), own_loss=False)
         except RecipeError as error:
             lines = [line.removeprefix("  - ") for line in str(error).splitlines()]
             faults += [f"{arm.label}: {line}" for line in (lines[1:] if len(lines) > 1 else lines)]

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+from lorakit.attach.method import Several
 from lorakit.data import ChatExample, Dataset, ImageExample, LabelExample, PromptExample, QuestionExample
 from lorakit.errors import DataError, RecipeError
 from lorakit.evaluate import check_metrics
+from lorakit.methods.warp import Warp
 from lorakit.run.diffusion.config import TEXT_TO_IMAGE, DiffusionConfig
 from lorakit.run.recipe import CLASSIFICATION, CLASSIFIERS, IMAGE_CLASSIFICATION, QUESTION_ANSWERING, Recipe
 from lorakit.run.track import check_trackers
@@ -39,6 +41,7 @@ def check_recipe(recipe: Recipe, *, own_loss: bool) -> None:
         raise RecipeError(
             f"the section diffusion belongs to `task: {TEXT_TO_IMAGE}`, not to {recipe.task}. Leave it out."
         )
+    _check_method(recipe)
     _check_questions(recipe)
     check_trackers(train.trackers)
     if own_loss and train.label_smoothing:
@@ -51,6 +54,16 @@ def check_world(recipe: Recipe, processes: int) -> None:
         raise RecipeError(f"{TEXT_TO_IMAGE} is trained by one process, not by {processes}. Start one.")
     if processes > 1 and recipe.train.prefix_cache is True:
         raise RecipeError("train.prefix_cache: true keeps states in one process. Start one, or leave it out.")
+
+
+def _check_method(recipe: Recipe) -> None:
+    """Raise RecipeError for a method that no task of a recipe trains."""
+    parts = recipe.method.methods if isinstance(recipe.method, Several) else (recipe.method,)
+    if any(isinstance(one, Warp) for one in parts):
+        raise RecipeError(
+            f"method: WARP classifies through a language-model head, and `task: {recipe.task}` loads no such head for classes. "
+            "Attach lorakit.Warp(...) to a model with its head in Python, and train it there."
+        )
 
 
 def _check_questions(recipe: Recipe) -> None:

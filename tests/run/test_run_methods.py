@@ -168,3 +168,9 @@ def test_a_run_cannot_begin_from_what_is_no_lora(recipe: Any, tmp_path: Any) -> 
     first = lk.train(made(recipe, METHODS_TO_RUN["houlsby"]))
     with pytest.raises(FileError, match="cannot be begun from"):
         lk.train({**recipe(), "output": str(tmp_path / "next"), "start_from": str(first.folder)})
+
+
+@pytest.mark.parametrize("method", [{"name": "warp"}, [{"name": "warp"}, {"name": "lora"}]])
+def test_a_recipe_with_warp_is_refused_before_anything_loads(method: Any) -> None:
+    with pytest.raises(RecipeError, match="language-model head"):
+        lk.train({**MINIMAL, "task": "sequence-classification", "method": method})
