@@ -2,6 +2,8 @@
 
 import csv
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -13,7 +15,7 @@ from lorakit.run.recipe import load_recipe
 from lorakit.run.subject import open_subject
 from lorakit.sweep.api import sweep
 from lorakit.sweep.members import name_of, parse_vary
-from lorakit.sweep.together import group_of
+from lorakit.sweep.together import group_of, train_alone
 
 SHORT = {"max_steps": 2, "epochs": 1}
 
@@ -59,6 +61,29 @@ def test_another_run_in_a_members_folder_is_not_replaced(recipe):
     with pytest.raises(OutputError, match="another recipe"):
         sweep(changed, vary={"method.r": [1, 2]})
     assert sweep(changed, vary={"method.r": [1, 2]}, overwrite=True).trained == 2
+
+
+def test_a_run_of_data_that_changed_since_is_not_taken_for_done(recipe):
+    document = recipe(train=SHORT)
+    sweep(document, vary={"method.r": [1]})
+    assert sweep(document, vary={"method.r": [1]}).trained == 0
+    runs.write_rows(Path(document["data"]["train"]), runs.text_rows(12, 7))
+    with pytest.raises(OutputError, match="data that has changed"):
+        sweep(document, vary={"method.r": [1]})
+    assert sweep(document, vary={"method.r": [1]}, overwrite=True).trained == 1
+
+
+def test_ctrl_c_in_a_run_of_its_own_ends_the_sweep(recipe, monkeypatch):
+    begun = []
+
+    def interrupted(one, **_):
+        begun.append(one)
+        return SimpleNamespace(interrupted=True)
+
+    monkeypatch.setitem(train_alone.__globals__, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(recipe(train=SHORT), vary={"method.r": [1, 2, 4]}, at_once=1)
+    assert len(begun) == 1
 
 
 def test_a_member_whose_loss_is_no_number_ends_alone(recipe):
