@@ -103,5 +103,5 @@ def test_predictions_are_written_whole_or_not_at_all(tmp_path):
         ev.write_predictions(path, breaks())
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2
     assert os.listdir(tmp_path) == ["predictions.jsonl"]
-    with pytest.raises(OutputError, match="x.jsonl"):
+    with pytest.raises(OutputError, match=r"x\.jsonl"):
         ev.write_predictions(path / "x.jsonl", rows)  # inside a file
