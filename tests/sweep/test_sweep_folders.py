@@ -14,6 +14,7 @@ from lorakit.errors import OutputError, RecipeError, UsageError
 from lorakit.run.recipe import load_recipe
 from lorakit.run.subject import open_subject
 from lorakit.sweep.api import sweep
+from lorakit.sweep.joint import JointTrainer
 from lorakit.sweep.members import name_of, parse_vary
 from lorakit.sweep.together import group_of, train_alone
 
@@ -52,6 +53,24 @@ def test_the_cross_product_is_written_and_not_repeated(recipe, tmp_path):
     assert wider.best() == best
     subject = open_subject(first.folder / "r-2_seed-1")
     assert list(lk.adapters(subject.model)) == ["default"]
+
+
+def test_passes_of_few_positions_give_the_same(recipe, tmp_path, monkeypatch):
+    document = recipe(train=SHORT)
+    whole = sweep(document, vary={"method.r": [1, 2, 4]})
+    passes = []
+    one_pass = JointTrainer._pass_of
+
+    def counted(trainer, here, parts):
+        passes.append([turn.name for turn in here])
+        one_pass(trainer, here, parts)
+
+    monkeypatch.setattr(JointTrainer, "_pass_of", counted)
+    monkeypatch.setitem(one_pass.__globals__, "POSITIONS", 1)
+    cut = sweep(document, vary={"method.r": [1, 2, 4]}, output=tmp_path / "cut")
+    assert passes[:3] == [["r-1"], ["r-2"], ["r-4"]]
+    for one, other in zip(whole.members, cut.members, strict=True):
+        assert one.eval_loss == pytest.approx(other.eval_loss, abs=1e-5)
 
 
 def test_another_run_in_a_members_folder_is_not_replaced(recipe):
