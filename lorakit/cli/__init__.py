@@ -88,11 +88,13 @@ def _module(verb: str) -> Any:
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Without the cyclic collector: importing makes a million objects that stay, which it would look through time and again."""
+    before = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if before:
+            gc.enable()
 
 
 def _guarded(function: Callable[..., None]) -> Callable[..., None]:

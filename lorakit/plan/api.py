@@ -15,7 +15,8 @@ from lorakit.attach.method import Method
 from lorakit.errors import LorakitError, TargetError, UsageError
 from lorakit.methods.kept import with_head
 from lorakit.methods.lora import LoRA
-from lorakit.models import CLASSIFIERS, parse_dtype
+from lorakit.models import parse_dtype
+from lorakit.models.load import NEW_HEADS
 from lorakit.plan.depth import DEEP, DEPTHS, blocks, continued, shortened
 from lorakit.plan.gpus import smallest
 from lorakit.plan.memory import check_optimizer, memory_of
@@ -35,8 +36,6 @@ DEFAULTS: tuple[LoRA, ...] = (
     LoRA(r=64),
 )
 """What a plan compares with full fine-tuning where no method is asked for."""
-HEADED = (*CLASSIFIERS, "question-answering")
-"""Tasks whose head is new, and trained in full."""
 _NAME = "plan"
 
 
@@ -183,14 +182,14 @@ class _Planner:
             parameter.grad = None
 
     def _head_size(self, model: nn.Module) -> int:
-        head = output_head(model) if self.work.task in HEADED else None
+        head = output_head(model) if self.work.task in NEW_HEADS else None
         return 0 if head is None else sum(tensor.numel() for tensor in model.get_submodule(head).parameters())
 
     def _filled(self, method: Method, model: nn.Module) -> Method:
         """Short names spelt out; a classifier's new head trained in full, as `lorakit train` does."""
         if isinstance(method, LoRA):
             method = spelt_out(method, model)
-        return with_head(method, output_head(model)) if self.work.task in HEADED else method
+        return with_head(method, output_head(model)) if self.work.task in NEW_HEADS else method
 
     def _traced(self, method: Method | str, sizes: _Sizes) -> Traced | None:
         """The step's memory and FLOPs; None, with a note, where the model cannot be followed."""

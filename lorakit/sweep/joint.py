@@ -194,12 +194,17 @@ def _groups(turns: Sequence[Turn], i: int) -> Iterator[Sequence[Turn]]:
         return
     begin, rows, longest = 0, 0, 0
     for at, one in enumerate(turns):
-        held = next(iter(one.parts[i].values()))
-        rows, longest = rows + held.shape[0], max(longest, held.shape[1] if held.dim() > 1 else 1)
-        if at > begin and rows * longest > POSITIONS:
+        more, length = _rows(one.parts[i]), _length(one.parts[i])
+        if at > begin and (rows + more) * max(longest, length) > POSITIONS:
             yield turns[begin:at]
-            begin, rows, longest = at, held.shape[0], held.shape[1] if held.dim() > 1 else 1
+            begin, rows, longest = at, 0, 0
+        rows, longest = rows + more, max(longest, length)
     yield turns[begin:]
+
+
+def _length(batch: Batch) -> int:
+    """Tokens of a row; of images, which bring no such count, 1."""
+    return batch["input_ids"].shape[1] if "input_ids" in batch else 1
 
 
 def _rows(batch: Batch) -> int:

@@ -285,9 +285,8 @@ def _accelerator(config: TrainConfig) -> "Accelerator":
         )
     AcceleratorState._reset_state()  # it outlives a run, and would refuse a second one of another precision
     accelerator = Accelerator(mixed_precision=precision)
-    accelerator.gradient_accumulation_steps = (
-        1  # its launchers set it in the environment, and each loss would be divided by it
-    )
+    # Its launchers set this in the environment, and each loss would be divided by it: the trainer divides by targets.
+    accelerator.gradient_accumulation_steps = 1
     return accelerator
 
 

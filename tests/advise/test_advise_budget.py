@@ -54,6 +54,17 @@ def test_a_candidate_has_the_parameters_that_it_says(kind, models):
     assert found[3].targets == (("gate", "up", "down") if kind == "llama" else ("up", "down"))
 
 
+def test_what_every_rank_trains_is_in_the_budget(models):
+    method = {"name": "lora", "use_dora": True, "lora_bias": True}
+    document = load_recipe({"model": models["llama"], "method": method, "data": {"train": "t", "eval": "e"}})
+    found, _ = find_candidates(document, 3000, [("q",), ("q", "v")])
+    for one in found:
+        assert one.parameters <= 3000
+        own = {key.partition(".")[2]: value for key, value in one.changes.items()}
+        made = lk.LoRA(use_dora=True, lora_bias=True, **own)
+        assert lk.attach(tiny.llama(), made, name="a").trainable == one.parameters
+
+
 def test_the_best_measured_is_first_and_nothing_is_trained_twice(recipe, tmp_path):
     how = {"sweep": sweep, "output": tmp_path / "budget", "seeds": [0, 1], "steps": 3, "examples": 20}
     found = advise_budget(

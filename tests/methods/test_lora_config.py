@@ -192,3 +192,29 @@ def test_head_tied_to_the_embeddings_gets_a_copy():
 def test_module_to_save_that_is_not_there():
     with pytest.raises(TargetError, match="modules_to_save names 'score'"):
         lk.attach(tiny.roberta(), lk.LoRA(modules_to_save=["score"]))
+
+
+def test_gaussian_takes_each_layers_own_rank():
+    """As PEFT: the deviation is 1 / the layer's rank, whatever r the others have."""
+    model = tiny.gpt2()
+    lk.attach(model, lk.LoRA(r=2, init="gaussian", rank_pattern={"c_fc": 16}, target_modules=["c_fc"]), seed=0)
+    values = torch.cat([one.flatten() for one in lk.parameters(model, "default") if one.abs().sum() > 0])
+    assert float(values.detach().std()) == pytest.approx(1 / 16, rel=0.1)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_a_start_from_the_base_follows_from_the_seed_alone(init):
+    drawn = []
+    weights = tiny.llama().state_dict()
+    for state in (1, 2):
+        torch.manual_seed(state)
+        model = tiny.llama()
+        model.load_state_dict(weights)
+        lk.attach(model, lk.LoRA(r=2, init=init, target_modules=["q_proj"]), seed=7)
+        drawn.append(torch.cat([one.detach().flatten() for one in lk.parameters(model, "default")]))
+    assert torch.equal(*drawn)
+
+
+def test_a_start_from_the_base_wants_a_positive_scale():
+    with pytest.raises(UsageError, match="alpha above 0"):
+        lk.attach(tiny.llama(), lk.LoRA(r=2, alpha=-4, init="pissa", target_modules=["q_proj"]))

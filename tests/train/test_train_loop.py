@@ -370,3 +370,19 @@ def test_out_of_memory_says_what_helps(make_trainer):
 def test_settings_that_make_no_sense(wrong):
     with pytest.raises(LorakitError, match=rf"train\.{next(iter(wrong))}"):
         TrainConfig(**wrong)
+
+
+def test_a_launchers_accumulation_does_not_divide_the_loss(make_trainer, monkeypatch):
+    found = []
+    for steps in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        rows = []
+        make_trainer(TrainConfig(max_steps=1, batch_size=4), hooks=Hooks(row=rows.append)).run()
+        found.append(rows[0]["grad_norm"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["epochs", "lr", "warmup", "weight_decay", "prefix_memory"])
+def test_infinite_settings_are_refused(name):
+    with pytest.raises(UsageError, match=f"train.{name} must be a finite number"):
+        TrainConfig(**{name: float("inf")})
