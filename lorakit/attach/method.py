@@ -139,7 +139,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     learning_rate: ClassVar[float] = 2.0e-4
-    """The peak learning rate that a recipe takes where it names none."""
+    """The peak learning rate for a base 2,048 wide that a recipe takes where it names none (see lorakit.run.rate)."""
 
     @abstractmethod
     def draft(self, model: nn.Module, *, dtype: torch.dtype | None, generator: torch.Generator | None) -> Draft:
@@ -148,6 +148,11 @@ class Method(ABC):
         dtype: of the new tensors; None = that of the weight they stand beside. generator: a CPU generator for the
         initial values; None = torch's global one. Raises TargetError where the model has no place for the method.
         """
+
+    @property
+    def members(self) -> "tuple[Method, ...]":
+        """The methods that this one joins; of a single one itself."""
+        return (self,)
 
     def learning_rates(self, model: nn.Module, draft: Draft) -> Mapping[int, float]:
         """id of a trained tensor -> the factor on the learning rate that the method gives it; 1 where it stands not."""
@@ -171,6 +176,10 @@ class Several(Method):
         names = [one.name for one in self.methods]
         if len(set(names)) < len(names):
             raise UsageError(f"a combination takes one method of a kind, not {', '.join(names)}.")
+
+    @property
+    def members(self) -> tuple[Method, ...]:
+        return self.methods
 
     def drafts(self, model: nn.Module, *, dtype: torch.dtype | None, generator: torch.Generator | None) -> list[Draft]:
         """A draft for each method, in order."""

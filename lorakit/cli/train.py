@@ -78,6 +78,7 @@ def _told(found: DryRun) -> dict[str, str]:
     if epoch.loss_share is not None:
         facts["with loss"] = f"{epoch.targets:,} tokens ({epoch.loss_share:.1%})"
     steps = ", ".join(f"{seconds:.3g} s" for seconds in found.step_seconds)
+    facts["learning rate"] = f"{found.rate:g} at the most"
     facts["steps"] = f"{found.steps:,} optimizer steps; tried: {steps}"
     facts["time"] = f"about {_duration(found.seconds)} of training on this machine, evaluation not counted"
     return facts

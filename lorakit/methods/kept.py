@@ -89,7 +89,7 @@ def check_kept(names: object) -> None:
 
 def with_head(method: Method, head: str | None) -> Method:
     """`method` that trains the module `head` in full too, unless it names what is trained so; of several the first that can."""
-    parts = list(method.methods) if isinstance(method, Several) else [method]
+    parts = list(method.members)
     able = [i for i, one in enumerate(parts) if any(field.name == "modules_to_save" for field in fields(one))]  # type: ignore[arg-type]
     named = any(getattr(parts[i], "modules_to_save") is not None for i in able)  # noqa: B009  # not a field of every method
     if head is None or named or not able:

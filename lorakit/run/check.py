@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from lorakit.attach.method import Several
 from lorakit.data import ChatExample, Dataset, ImageExample, LabelExample, PromptExample, QuestionExample
 from lorakit.errors import DataError, RecipeError
 from lorakit.evaluate import check_metrics
@@ -58,7 +57,7 @@ def check_world(recipe: Recipe, processes: int) -> None:
 
 def _check_method(recipe: Recipe) -> None:
     """Raise RecipeError for a method that no task of a recipe trains."""
-    parts = recipe.method.methods if isinstance(recipe.method, Several) else (recipe.method,)
+    parts = recipe.method.members
     if any(isinstance(one, Warp) for one in parts):
         raise RecipeError(
             f"method: WARP classifies through a language-model head, and `task: {recipe.task}` loads no such head for classes. "

@@ -71,7 +71,10 @@ class Epoch:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What the run of a recipe would take. seconds: of training alone, without evaluation; step_seconds: of steps tried."""
+    """What the run of a recipe would take. seconds: of training alone, without evaluation; step_seconds: of steps tried.
+
+    rate: the peak learning rate.
+    """
 
     model: str
     task: str
@@ -79,6 +82,7 @@ class DryRun:
     total: int
     memory: Memory
     epoch: Epoch
+    rate: float
     steps: int
     step_seconds: Sequence[float]
     seconds: float
@@ -149,6 +153,7 @@ def _measured(run: Run, trainer: Trainer, epoch: Epoch, heard: Sequence[Mapping[
         total=counted.total,
         memory=_memory(run, trainer, activations),
         epoch=epoch,
+        rate=run.settings.rate,
         steps=steps,
         step_seconds=[seconds for _, seconds in measured],
         seconds=_whole(measured, epoch, steps, size, lambda batch: sum(map(_positions, trainer.parts(batch)))),

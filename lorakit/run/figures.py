@@ -9,6 +9,7 @@ from torch import nn
 from lorakit.attach.api import count_parameters
 from lorakit.run.device import model_bytes, peak_memory
 from lorakit.run.folder import RunFolder
+from lorakit.run.rate import settings_on
 from lorakit.run.recipe import Recipe
 from lorakit.store.layout import TENSORS
 from lorakit.train.state import TrainState
@@ -29,6 +30,7 @@ def figures(
         "task": recipe.task,
         "steps": state.step,
         "best_step": state.best_step,
+        "learning_rate": settings_on(recipe, model).rate,
         "trainable_parameters": counts.trainable,
         "low_rank_parameters": counts.low_rank,
         "total_parameters": counts.total,

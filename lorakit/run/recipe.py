@@ -9,7 +9,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +104,7 @@ def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe", overrides: Se
         raise RecipeError(
             f"{name} has {len(faults)} fault{'s' * (len(faults) > 1)}:\n" + "\n".join(f"  - {f}" for f in faults)
         )
-    return _with_rate(typing.cast(Recipe, recipe), document)
-
-
-def _with_rate(recipe: Recipe, document: Mapping[str, Any]) -> Recipe:
-    """The recipe with the method's own learning rate where it names none; of several methods the lowest."""
-    if "lr" in document.get("train", {}):
-        return recipe
-    rate = min(one.learning_rate for one in _parts(recipe.method))
-    return replace(recipe, train=replace(recipe.train, lr=rate))
-
-
-def _parts(method: Method) -> tuple[Method, ...]:
-    return method.methods if isinstance(method, Several) else (method,)
+    return typing.cast(Recipe, recipe)
 
 
 def _aim_at_attention(document: dict[str, Any]) -> None:
@@ -238,7 +226,7 @@ def to_mapping(recipe: Recipe) -> dict[str, Any]:
     """The recipe with every default spelt out, as plain YAML values."""
     document = asdict(recipe)
     method = recipe.method
-    parts = [{"name": one.name, **asdict(one)} for one in _parts(method)]  # type: ignore[call-overload]
+    parts = [{"name": one.name, **asdict(one)} for one in method.members]  # type: ignore[call-overload]
     document["method"] = parts if isinstance(method, Several) else parts[0]
     return typing.cast(dict[str, Any], _plain(document))
 

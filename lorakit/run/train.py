@@ -1,8 +1,8 @@
 """`train`: a recipe to a trained, measured, stored adapter with its report."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakit.attach.anatomy import output_head
 from lorakit.attach.api import attach, learning_rates, parameters, use
 from lorakit.data import Dataset, load_examples, prompt_text, references_of
-from lorakit.errors import DataError, OutputError, TrainingError
+from lorakit.errors import DataError
 from lorakit.evaluate import METRICS, Evaluation, default_metrics, evaluate_classification, evaluate_generation
 from lorakit.generate import generate
 from lorakit.methods.kept import with_head
@@ -27,7 +27,9 @@ from lorakit.run.figures import figures, next_steps
 from lorakit.run.folder import RunFolder, finite
 from lorakit.run.listen import Listener
 from lorakit.run.prefix import prefixed
+from lorakit.run.rate import settings_on
 from lorakit.run.recipe import CLASSIFIERS, QUESTION_ANSWERING, Recipe, load_recipe, to_mapping, to_yaml
+from lorakit.run.rescue import rescued
 from lorakit.run.result import RunResult
 from lorakit.run.resume import check_same, fingerprint
 from lorakit.run.subject import NAME
@@ -111,7 +113,7 @@ class Run:
             self.measure_base()
             self.folder.begin(to_yaml(self.recipe), self.start())
         self.listener.stage(f"training for {trainer.total:,} steps")
-        with self.rescue(trainer):
+        with rescued(trainer, self.folder, self.save_adapter):
             trainer.run()
             self.save_adapter()
         self.world.wait()  # what the first process writes is there for all
@@ -121,23 +123,6 @@ class Run:
             return RunResult(self.folder.path, {"step": trainer.state.step}, True, self.model, self.loaded.tokenizer)
         summary = self.world.same(self.summarise(trainer) if self.world.first else None)
         return RunResult(self.folder.path, summary, False, self.model, self.loaded.tokenizer)
-
-    @contextmanager
-    def rescue(self, trainer: Trainer) -> Iterator[None]:
-        """However training breaks off, try to leave on the disk what it had reached."""
-        try:
-            yield
-        except TrainingError:  # the trainer has put the last good adapter in place
-            self.save_adapter()
-            raise
-        except OutputError as error:
-            kept = "Nothing of it could be saved: free some space and start again."
-            with suppress(OutputError):
-                self.save_adapter()
-                kept = f"The adapter as of step {trainer.state.step} is in {self.folder.adapter}."
-            if self.folder.has_checkpoint():
-                kept += " Free some space and go on with --resume."
-            raise OutputError(f"{error} {kept}") from error
 
     # -- before training -----------------------------------------------------------------------------------------------
 
@@ -223,13 +208,16 @@ class Run:
 
     @property
     def settings(self) -> TrainConfig:
-        return self.recipe.train
+        """Of the training; the model is loaded."""
+        return settings_on(self.recipe, self.model)
 
     def task_objective(self, label_smoothing: float = 0.0) -> Objective:
         return objective_for(self.recipe.task, label_smoothing=label_smoothing)
 
     def trainer(self) -> Trainer:
         settings = self.settings
+        if self.recipe.train.lr is None:
+            self.listener.note(f"learning rate {settings.rate:g}, by method and width of the base")
         own = None if self.loss is None else custom_objective(self.loss)
         self.objective = own or self.task_objective(settings.label_smoothing)
         # The eval loss is the plain one: smoothing shapes training, it is not what is wanted.

@@ -56,7 +56,7 @@ class Member(Run):
         detach(self.model, self.name)
 
     def trainer(self) -> MemberTrainer:
-        settings = self.recipe.train
+        settings = self.settings
         self.objective = self.task_objective(settings.label_smoothing)
         plain = self.task_objective()
         self.measured = pruned_objective(plain, self.model) if settings.prune_last_block else plain

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from lorakit.attach.method import Method
 from lorakit.errors import UsageError
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -33,8 +34,9 @@ class TrainConfig:
     """The most tokens of a packed row; None = 256, or the batch's longest example where it has more."""
     accumulate: int = 1
     """Batches per optimizer step; the loss is normalised over all of them together."""
-    lr: float = 2.0e-4
-    """Peak learning rate. LoRA wants about ten times what full fine-tuning does."""
+    lr: float | None = None
+    """Peak learning rate; None = in a recipe by method and width of the base (lorakit.run.rate), elsewhere 2e-4. LoRA wants about
+    ten times what full fine-tuning does."""
     schedule: str = "linear"
     """How the rate goes after warm-up: linear or cosine to zero, or constant."""
     warmup: float = 0.06
@@ -89,8 +91,9 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise UsageError(f"train.{name} must be at least 1, not {value}.")
         for name in ("epochs", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"train.{name} must be a finite number above 0, not {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"train.{name} must be a finite number above 0, not {value}.")
         for name in ("warmup", "weight_decay", "prefix_memory", "prefix_disk"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"train.{name} must be a finite number of at least 0, not {getattr(self, name)}.")
@@ -108,6 +111,11 @@ class TrainConfig:
         for name, known in known_values.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"train.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}.")
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate, given or not."""
+        return Method.learning_rate if self.lr is None else self.lr
 
     def _check_batching(self) -> None:
         if self.prefix_cache not in (True, False, "auto"):

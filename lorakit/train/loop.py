@@ -167,7 +167,7 @@ class Trainer:
     def step(self, group: Sequence[Batch]) -> None:
         """One optimizer step over `accumulate` batches; the loss is the mean over the targets of all of them."""
         begin, state = time.perf_counter(), self.state
-        rate = self.config.lr * factor(self.config, state.step, self.total)
+        rate = self.config.rate * factor(self.config, state.step, self.total)
         set_rate(self._inner, rate)
         if not self.flat.bound:
             self.flat.bind()

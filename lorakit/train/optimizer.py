@@ -25,9 +25,9 @@ def optimizer_for(config: TrainConfig, flat: FlatParameters) -> torch.optim.Opti
     """
     settings: dict[str, Any] = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     if config.optimizer == ADAMW_8BIT:
-        return _eight_bit(flat.groups, config.lr, settings)
+        return _eight_bit(flat.groups, config.rate, settings)
     fused = all(one.device.type in FUSED and type(one.data) is Tensor for one in flat.held)
-    return torch.optim.AdamW(flat.groups, lr=config.lr, fused=fused or None, **settings)
+    return torch.optim.AdamW(flat.groups, lr=config.rate, fused=fused or None, **settings)
 
 
 def _eight_bit(groups: list[dict[str, object]], lr: float, settings: Mapping[str, Any]) -> torch.optim.Optimizer:

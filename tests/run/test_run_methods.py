@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import runs
 import torch
+from transformers import GPT2Config
 
 import lorakit as lk
 from lorakit.attach.method import Several
@@ -17,6 +19,7 @@ from lorakit.methods.houlsby import HoulsbyAdapter
 from lorakit.methods.lora import LoRA
 from lorakit.methods.table import METHODS
 from lorakit.run.listen import Listener
+from lorakit.run.rate import settings_on
 from lorakit.run.recipe import load_recipe, to_mapping, to_yaml
 from lorakit.run.subject import adapter_folder, open_subject
 
@@ -49,16 +52,23 @@ def test_every_method_is_known_by_its_name_and_has_defaults_but_those_it_needs()
     assert load_recipe({**MINIMAL, "method": [{"name": "houlsby", "r": 2}]}).method == HoulsbyAdapter(r=2)
 
 
-def test_the_learning_rate_is_the_methods_own_where_none_is_named() -> None:
-    def rate(**document: Any) -> float:
-        return load_recipe({**MINIMAL, **document}).train.lr
+def test_a_learning_rate_that_is_not_named_follows_from_method_and_width() -> None:
+    def rate(width: int = 2048, **document: Any) -> float:
+        model = SimpleNamespace(config=GPT2Config(n_embd=width, n_head=1))
+        return settings_on(load_recipe({**MINIMAL, **document}), model).rate
 
     assert rate() == LoRA.learning_rate == 2e-4
-    assert rate(method={"name": "full"}) == METHODS["full"].learning_rate < 1e-4
-    assert rate(method={"name": "bitfit"}, train={"epochs": 2}) == METHODS["bitfit"].learning_rate
+    assert rate(4096) == 1e-4
+    assert rate(65536) == 1e-4
+    assert rate(768) == pytest.approx(2e-4 * 2048 / 768, rel=0.02)
+    assert rate(64) == 1e-3
+    assert rate(method={"name": "full"}) == METHODS["full"].learning_rate == rate() / 10
+    assert rate(4096, method={"name": "bitfit"}, train={"epochs": 2}) == METHODS["bitfit"].learning_rate / 2
     assert rate(method={"name": "prompt-tuning"}) == METHODS["prompt-tuning"].learning_rate > 2e-4
-    assert rate(method={"name": "full"}, train={"lr": 1}) == 1
+    assert rate(64, method={"name": "full"}, train={"lr": 1}) == 1
     assert rate(method=[{"name": "lora"}, {"name": "full"}]) == METHODS["full"].learning_rate
+    without = SimpleNamespace(config={"in_channels": 4})  # diffusers' models
+    assert settings_on(load_recipe(MINIMAL), without).rate == 2e-4
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ class TextToImageRun(Run):
     @property
     def settings(self) -> TrainConfig:
         # diffusers' models have another name for it than transformers', which the loop knows: it is on already.
-        return replace(self.recipe.train, gradient_checkpointing=False)
+        return replace(super().settings, gradient_checkpointing=False)
 
     def task_objective(self, label_smoothing: float = 0.0) -> Objective:
         return denoising_objective(self.loaded.part, self.encoder.pixels)
