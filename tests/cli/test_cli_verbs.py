@@ -35,6 +35,12 @@ def test_help_lists_the_verbs_without_torch():
     assert all(verb in found.stdout for verb in VERBS)
 
 
+def test_the_package_runs_as_a_module():
+    found = subprocess.run([sys.executable, "-m", "lorakit", "--help"], capture_output=True, text=True)
+    assert found.returncode == 0
+    assert "Usage: lorakit " in found.stdout
+
+
 @pytest.mark.parametrize(
     "words",
     [
