@@ -150,8 +150,10 @@ def find_candidates(
             left_out.append(f"{label}: rank 1 takes {fixed + cost:,} parameters")
             continue
         changes: dict[str, Any] = {"method.target_modules": list(method.target_modules), "method.r": rank}
-        if method.enable_lora:
+        if method.enable_lora or recipe.method.enable_lora:  # type: ignore[attr-defined]
             changes["method.enable_lora"] = {key: list(value) for key, value in method.enable_lora.items()}
+        if recipe.method.rank_pattern:  # type: ignore[attr-defined]  # each candidate has one rank throughout
+            changes["method.rank_pattern"] = {}
         if all(one.changes != changes for one in candidates):
             candidates.append(Candidate(tuple(_present(names, model)), rank, fixed + cost * rank, changes))
     if not candidates:

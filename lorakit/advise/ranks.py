@@ -3,13 +3,14 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lorakit.analyze.ranks import by_energy
 from lorakit.analyze.spectrum import energy, numerical_rank, singular_values
-from lorakit.analyze.updates import Adapter, read_adapter
+from lorakit.analyze.updates import Adapter, Update, read_adapter
+from lorakit.attach.targets import pattern_value
 from lorakit.errors import UsageError
 
 ENERGY = 0.99
@@ -17,8 +18,9 @@ ENERGY = 0.99
 
 @dataclass(frozen=True)
 class LayerAdvice:
-    """One layer. rank: trained; advised: the smallest that keeps the share; kept: the share it keeps; parameters: one of its
-    directions. full: whether every direction of the trained rank is needed, so that a higher one might serve it."""
+    """One layer. rank: trained; advised: the smallest that keeps the share (parts of a fused matrix have one rank: the highest
+    that one needs); kept: the share it keeps; parameters: one of its directions, in all parts. full: whether every direction of
+    the trained rank is needed, so that a higher one might serve it."""
 
     path: str
     rank: int
@@ -72,15 +74,21 @@ def advise_ranks(source: str | Path, share: float = ENERGY) -> RankAdvice:
     """
     adapter = read_adapter(source)
     _check_kind(adapter)
-    values = singular_values(adapter.updates)
-    wanted = by_energy(values, share)
-    if not any(numerical_rank(one) for one in values):
+    parted = [_parted(adapter, update) for update in adapter.updates]
+    each = iter(singular_values([part for parts in parted for part in parts]))
+    values = [[next(each) for _ in parts] for parts in parted]
+    if not any(numerical_rank(one) for parts in values for one in parts):
         raise UsageError(f"every update of {source} is zero: it was never trained, and its spectrum says nothing.")
     layers = []
-    for update, own, rank in zip(adapter.updates, values, wanted, strict=True):
-        advised = min(rank, update.rank)
-        full = advised == update.rank and numerical_rank(own) == update.rank
-        layers.append(LayerAdvice(update.path, update.rank, advised, _kept(own, advised), sum(update.shape), full))
+    for update, parts, own in zip(adapter.updates, parted, values, strict=True):
+        used = parts[0].rank
+        advised = min(max(by_energy(own, share)), used)
+        full = advised == used and any(numerical_rank(one) == used for one in own)
+        trained = (
+            used // 2 if _trained_as(adapter).get("init") else used
+        )  # half of the file's is the start, taken off again
+        cost = len(parts) * update.shape[1] + (update.shape[0] if len(parts) == 1 else _width_of(adapter, update))
+        layers.append(LayerAdvice(update.path, trained, advised, min(_kept(one, advised) for one in own), cost, full))
     scales = {one.path: one.scale for one in adapter.updates}
     settings = {
         one.path: (one.advised, _alpha(adapter.method.use_rslora, scales[one.path], one.advised)) for one in layers
@@ -95,6 +103,35 @@ def advise_ranks(source: str | Path, share: float = ENERGY) -> RankAdvice:
         rank_pattern={_pattern(path): rank for path, (rank, _) in settings.items() if rank != r},
         alpha_pattern={_pattern(path): own for path, (_, own) in settings.items() if own != alpha},
     )
+
+
+def _trained_as(adapter: Adapter) -> Mapping[str, Any]:
+    found = adapter.file.extra.get("trained_as")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _enabled(adapter: Adapter, update: Update) -> list[bool]:
+    """Which parts of a fused matrix were trained; [True] of any other."""
+    given = _trained_as(adapter).get("enable_lora")
+    parts = pattern_value(given, update.path, None) if isinstance(given, Mapping) else None
+    return list(parts) if isinstance(parts, list) and any(parts) else [True]
+
+
+def _parted(adapter: Adapter, update: Update) -> list[Update]:
+    """The pairs that were trained, one below the other in the file's pair: an update each, whose other rows are 0."""
+    count = sum(_enabled(adapter, update))
+    if count == 1 or update.rank % count:
+        return [update]
+    pairs = list(zip(update.a.chunk(count, 0), update.b.chunk(count, 1), strict=True))
+    if int(sum((b != 0).any(1).long() for _, b in pairs).max()) > 1:  # mixed since then (compressed, combined)
+        return [update]
+    return [replace(update, a=a, b=b) for a, b in pairs]
+
+
+def _width_of(adapter: Adapter, update: Update) -> int:
+    """The outputs of all trained parts together."""
+    enabled = _enabled(adapter, update)
+    return update.shape[0] * sum(enabled) // len(enabled)
 
 
 def _check_kind(adapter: Adapter) -> None:

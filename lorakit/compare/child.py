@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from lorakit.attach.anatomy import is_within, output_head
+from lorakit.attach.anatomy import output_head
 from lorakit.attach.api import attach
 from lorakit.attach.host import host_of
 from lorakit.compare.shared import Base
 from lorakit.data import Dataset
+from lorakit.methods.kept import kept_of
 from lorakit.models import Loaded
 from lorakit.run.listen import Listener
 from lorakit.run.recipe import Recipe
@@ -89,12 +90,7 @@ class Child(Run):
         """Numbers that the method trains; of a classifier without the head, as the paper counts."""
         record = host_of(self.model).records[NAME]
         head = output_head(self.model) if self.trains_head else None
-        own = {
-            id(tensor)
-            for path, group in record.draft.replaced.items()
-            if head is not None and is_within(path, head)
-            for tensor in group.values()
-        }
+        own = set(map(id, kept_of(record.draft, head)))
         return sum(tensor.numel() for tensor in record.tensors() if id(tensor) not in own)
 
     def positions(self) -> int | None:

@@ -94,6 +94,8 @@ def cider(predictions: Texts, references: References) -> float:
     """
     scorer = _coco("pycocoevalcap.cider.cider", "Cider")()
     gathered = _coco_sides(predictions, references)
+    if not any(text.strip() for texts in gathered[0].values() for text in texts):
+        return 0.0  # no reference has a word, so nothing is like it
     return float(scorer.compute_score(*gathered)[0])
 
 

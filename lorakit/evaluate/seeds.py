@@ -1,6 +1,7 @@
 """What several seeds of one run come to, as GLUE's results are reported: each at its best epoch, then their median."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,10 +40,11 @@ def best_epoch(rows: Iterable[Mapping[str, Any]], metric: str) -> Best:
     if metric != "loss" and metric not in METRICS:
         raise UsageError(f"metric {metric!r} is unknown; expected loss or one of: {', '.join(METRICS)}.")
     key, sign = f"eval_{metric}", 1 if metric != "loss" and METRICS[metric].higher_is_better else -1
-    found = [Best(int(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
+    told = [Best(int(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
+    found = [one for one in told if math.isfinite(one.value)]
     if not found:
         raise DataError(
-            f"no evaluation of it has {metric}: evaluate during training (data.eval), or name another metric"
+            f"no evaluation of it has a finite {metric}: evaluate during training (data.eval), or name another metric"
         )
     return max(found, key=lambda one: (sign * one.value, -one.step))
 

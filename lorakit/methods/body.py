@@ -1,7 +1,8 @@
 """What a prefix or a prompt needs to know of a model: its backbone, which way attention looks, how far positions go."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from lorakit.attach.adapted import plain
 from lorakit.attach.anatomy import walk
+from lorakit.attach.api import use
+from lorakit.attach.host import find_host
 from lorakit.errors import TargetError, UsageError
 
 POSITIONS = ("wpe", "position_embeddings", "embed_positions")  # what transformers calls a table of positions
@@ -130,6 +133,16 @@ def fresh(
     return drawn.to(like.device, dtype)
 
 
+@contextmanager
+def unadapted(model: nn.Module) -> Iterator[None]:
+    """Without the adapters that are on: what a fresh adapter starts from is the base's."""
+    if find_host(model) is None:
+        yield
+        return
+    with use(model, None):
+        yield
+
+
 def rows_of(body: Any, ids: Sequence[int], count: int, dtype: torch.dtype | None) -> Tensor:
     """`count` rows of the input embeddings: those of the tokens, from the first again where they are fewer."""
     table = embedding_of(body)
@@ -142,4 +155,14 @@ def rows_of(body: Any, ids: Sequence[int], count: int, dtype: torch.dtype | None
         )
     index = torch.tensor([ids[at % len(ids)] for at in range(count)], device=table.weight.device)
     with torch.no_grad():
-        return table(index).to(dtype or table.weight.dtype).clone()  # some scale their rows
+        return _bare(table)(index).to(dtype or table.weight.dtype).clone()  # some scale their rows
+
+
+def _bare(leaf: Any) -> Any:
+    """The layer as it is without adapters, on the same tensors."""
+    cls = plain(type(leaf))
+    if cls is type(leaf):
+        return leaf
+    twin = cls.__new__(cls)
+    twin.__dict__.update({key: value for key, value in leaf.__dict__.items() if key != "_lk_site"})
+    return twin

@@ -87,6 +87,12 @@ def check_kept(names: object) -> None:
         raise UsageError(f"modules_to_save must be names of modules, not {names!r}.")
 
 
+def kept_of(draft: Draft, head: str | None) -> list[Tensor]:
+    """The tensors that a draft trains in full in the head at path `head`; none where there is no head."""
+    groups = [group for path, group in draft.replaced.items() if head is not None and is_within(path, head)]
+    return [tensor for group in groups for tensor in group.values()]
+
+
 def with_head(method: Method, head: str | None) -> Method:
     """`method` that trains the module `head` in full too, unless it names what is trained so; of several the first that can."""
     parts = list(method.members)

@@ -108,6 +108,10 @@ class EncodedPrompt(Prompt):
             for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         ]
         start = x.new_zeros(2 * self.layers, 1, weights[1].shape[1])
-        # input, states, weights, has_biases, num_layers, dropout, train, bidirectional, batch_first
-        out = torch.lstm(x[None], (start, start), weights, True, self.layers, 0.0, torch.is_grad_enabled(), True, True)
+        # Its few vectors are no work to save precision on, and torch has no LSTM in bfloat16 on every CPU.
+        with torch.autocast(x.device.type, enabled=False):
+            # input, states, weights, has_biases, num_layers, dropout, train, bidirectional, batch_first
+            out = torch.lstm(
+                x[None], (start, start), weights, True, self.layers, 0.0, torch.is_grad_enabled(), True, True
+            )
         return out[0][0]

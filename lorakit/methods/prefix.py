@@ -23,7 +23,7 @@ from lorakit.attach.operation import Operation, Share
 from lorakit.errors import AdapterError, TargetError
 from lorakit.methods.body import POSITIONS, is_causal, named, parameters_of
 from lorakit.methods.places import hide_early, visible, widened
-from lorakit.methods.prompt import AfterPrompt, check_cache, columns_behind, past_of
+from lorakit.methods.prompt import AfterPrompt, check_cache, check_one, columns_behind, past_of
 
 CACHE = "past_key_values"
 BEHIND = "lorakit_behind"  # what a backbone hands to its attention modules where there is an infix
@@ -176,6 +176,7 @@ class Behind(AfterPrompt):
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
         rows, length = tokens.shape[:2]  # type: ignore[union-attr]
         if past:  # what goes on is behind its prompt
+            check_one(tokens)
             behind = torch.zeros(rows, dtype=torch.long, device=tokens.device)  # type: ignore[union-attr]
         elif mask is not None and mask.dim() != 2:
             raise AdapterError(

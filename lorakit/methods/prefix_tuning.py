@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from lorakit.attach.method import Draft, Method
 from lorakit.errors import UsageError
-from lorakit.methods.body import backbone, check_ids, check_length, check_room, embedding_of, fresh, is_causal
+from lorakit.methods.body import (
+    backbone,
+    check_ids,
+    check_length,
+    check_room,
+    embedding_of,
+    fresh,
+    is_causal,
+    unadapted,
+)
 from lorakit.methods.kept import check_kept, keep
 from lorakit.methods.prefix import attentions, heads_of, prefix_draft
 
@@ -77,7 +86,7 @@ class PrefixTuning(Method):
         if self.reparametrise:
             made = self._behind_mlp(body, shapes, dtype, generator)
         elif self.tokens is not None:
-            made = _read_from(body, list(self.tokens), shapes, dtype)
+            made = _read_from(model, body, list(self.tokens), shapes, dtype)
         else:
             like, count = embedding_of(body).weight, self.count
             made = {
@@ -117,7 +126,7 @@ class PrefixTuning(Method):
 
 @torch.no_grad()
 def _read_from(
-    body: Any, ids: list[int], shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype | None
+    model: nn.Module, body: Any, ids: list[int], shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype | None
 ) -> dict[str, dict[str, Tensor]]:
     """The keys and values that the model has for the tokens, by attention module. Raises UsageError for an encoder."""
     table = embedding_of(body)
@@ -128,14 +137,16 @@ def _read_from(
             f"tokens must be ids of the model's vocabulary, 0 to {table.num_embeddings - 1}; came {ids!r}."
         )
     if table.weight.is_meta:
+        kind = dtype or table.weight.dtype
         return {
-            path: {name: torch.empty(len(ids), heads * width, device="meta") for name in ("keys", "values")}
+            path: {name: torch.empty(len(ids), heads * width, dtype=kind, device="meta") for name in ("keys", "values")}
             for path, (heads, width) in shapes.items()
         }
     mode = body.training
     body.eval()
     try:
-        held = body(input_ids=torch.tensor([ids], device=table.weight.device), use_cache=True).past_key_values
+        with unadapted(model):
+            held = body(input_ids=torch.tensor([ids], device=table.weight.device), use_cache=True).past_key_values
     finally:
         body.train(mode)
     made = {}

@@ -85,6 +85,16 @@ def past_of(cache: Any, layer: int = 0) -> int:
     return 0 if cache is None else int(cache.get_seq_length(layer))
 
 
+def check_one(tokens: Any) -> None:
+    """Raise AdapterError where several tokens a row go on from a cache, with an infix: are they prompt still, or answer?"""
+    if tokens.shape[1] > 1:
+        raise AdapterError(
+            f"an infix stands behind the prompt, and {tokens.shape[1]} tokens a row came on a key/value cache that is filled: "
+            "whether they are still prompt is not known. Give the model whole prompts (no prefill_chunk_size, no assisted "
+            "decoding), or train without an infix."
+        )
+
+
 def has_infix(model: nn.Module) -> bool:
     """Whether an adapter that is on puts something behind the prompt."""
     return any(isinstance(one, AfterPrompt) and one.has_infix for one in operations_on(model))
@@ -226,6 +236,8 @@ class Prompt(AfterPrompt):
         """A sequence that goes on: the cache holds the virtual tokens, and the model counts them with it."""
         mask, came = given.get("attention_mask"), given.get("position_ids")
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if self.infix:
+            check_one(tokens)
         if came is not None:
             given["position_ids"] = came + self.positions
         elif mask is not None and mask.dim() == 2 and self.origin is None:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lorakit.attach.anatomy import output_head
 from lorakit.attach.api import attach, count_parameters, detach, parameters
-from lorakit.attach.method import Method
-from lorakit.errors import LorakitError, TargetError, UsageError
-from lorakit.methods.kept import with_head
+from lorakit.attach.host import host_of
+from lorakit.attach.method import Method, Several
+from lorakit.errors import AdapterError, LorakitError, TargetError, UsageError
+from lorakit.methods.kept import kept_of, with_head
 from lorakit.methods.lora import LoRA
 from lorakit.models import parse_dtype
 from lorakit.models.load import NEW_HEADS
@@ -41,7 +42,7 @@ _NAME = "plan"
 
 def plan(
     model: str | os.PathLike[str] | Any,
-    method: Method | str | Sequence[Method | str] | None = None,
+    method: "Method | str | Sequence[Method | str | Sequence[Method]] | None" = None,
     *,
     batch: int = 8,
     length: int = 512,
@@ -55,8 +56,9 @@ def plan(
     """Parameters, memory, file sizes and FLOPs of a training step, without allocating a weight.
 
     model: a name in lorakit.plan.SHAPES, a folder with config.json, a hub id (its config.json alone is fetched), a transformers
-    config or model. method: one or several, as for lorakit.attach; "full" is full fine-tuning, which always comes first; None:
-    a comparison of LoRA's. target_modules of a LoRA may be short (lorakit.plan.targets): q, k, v, o, gate, up, down.
+    config or model. method: one or several, as for lorakit.attach; "full" is full fine-tuning, which always comes first; a list
+    among several: methods that adapt together; None: a comparison of LoRA's. target_modules of a LoRA may be short
+    (lorakit.plan.targets): q, k, v, o, gate, up, down.
     batch, length: rows of a forward pass and tokens of a row, none of them padding, all of them targets.
     dtype: of the base's weights and the activations; None: the named shape's, else float32, as lorakit.models.load.
     adapter_dtype: of the adapter; None: as attach, its neighbour's. optimizer: a key of lorakit.plan.OPTIMIZERS.
@@ -108,6 +110,8 @@ def _methods(asked: Any) -> list[Method]:
     for one in asked if isinstance(asked, Sequence) and not isinstance(asked, str) else [asked]:
         if isinstance(one, Method):
             found.append(one)
+        elif isinstance(one, Sequence) and not isinstance(one, str):
+            found.append(Several(tuple(one)))
         elif one != FULL:
             raise UsageError(f"a method is lorakit.LoRA(r=8), or another Method, or {FULL!r}; not {one!r}.")
     return found
@@ -172,22 +176,26 @@ class _Planner:
             count = sum(tensor.numel() for tensor in base)
             yield _Sizes(base, count, 0, count, weights)
         else:
-            size = self._head_size(model)  # while there are no copies of it
             attach(model, self._filled(method, model), _NAME, dtype=self.adapter_dtype)
             own, counts = list(parameters(model, _NAME)), count_parameters(model)
-            head = min(size, counts.replaced)
-            yield _Sizes(own, counts.trainable - head, head, counts.total - head, weights + _bytes(own))
-            detach(model, _NAME)
+            head = self._head_size(model)
+            try:
+                yield _Sizes(own, counts.trainable - head, head, counts.total - head, weights + _bytes(own))
+            finally:
+                detach(model, _NAME)
         for parameter in model.parameters():
             parameter.grad = None
 
     def _head_size(self, model: nn.Module) -> int:
+        """Numbers of the task's own head that the method on the model trains in full."""
         head = output_head(model) if self.work.task in NEW_HEADS else None
-        return 0 if head is None else sum(tensor.numel() for tensor in model.get_submodule(head).parameters())
+        return sum(tensor.numel() for tensor in kept_of(host_of(model).records[_NAME].draft, head))
 
     def _filled(self, method: Method, model: nn.Module) -> Method:
         """Short names spelt out; a classifier's new head trained in full, as `lorakit train` does."""
-        if isinstance(method, LoRA):
+        if isinstance(method, Several):
+            method = Several(tuple(spelt_out(one, model) if isinstance(one, LoRA) else one for one in method.methods))
+        elif isinstance(method, LoRA):
             method = spelt_out(method, model)
         return with_head(method, output_head(model)) if self.work.task in NEW_HEADS else method
 
@@ -195,6 +203,9 @@ class _Planner:
         """The step's memory and FLOPs; None, with a note, where the model cannot be followed."""
         try:
             return self._continued(method, sizes) or trace(self.model, self.work)
+        except AdapterError as error:  # a method that computes no next tokens, as WARP
+            self.notes.append(f"memory and FLOPs of {_in_words(method)} are unknown: {error}")
+            return None
         except LorakitError:
             raise
         except Exception as error:  # a forward pass that needs values raises whatever it likes
@@ -231,6 +242,8 @@ def _in_words(method: Method | str) -> str:
     """ "LoRA r=4 on q, v"; another method by its class and what of it is no default."""
     if not isinstance(method, Method):
         return "full fine-tuning"
+    if isinstance(method, Several):
+        return " + ".join(map(_in_words, method.methods))
     if not isinstance(method, LoRA):
         values = [(one.name, getattr(method, one.name), one.default) for one in fields(method)]  # type: ignore[arg-type]
         said = [f"{key}={value}" for key, value, default in values if value != default and key != "modules_to_save"]

@@ -60,6 +60,8 @@ _DEBERTA = {
     "pos_att_type": ["p2c", "c2p"],
     "norm_rel_ebd": "layer_norm",
     "position_biased_input": False,
+    "conv_kernel_size": 3,
+    "conv_act": "gelu",
 }
 _SMOL = {"vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 _SMOLLM2_135M = _decoder("llama", 30, 576, 9, 1536, "float32", num_key_value_heads=3, **_SMOL)

@@ -23,8 +23,19 @@ SHORT: Mapping[str, str] = {
     "down": r"down_proj|mlp\.c_proj|fc2|layer\.\d+\.output\.dense|wo|lin2|dense_4h_to_h",
 }
 """Regular expressions of a path's end. Wq, Wk, Wv, Wo of the LoRA paper, section 4.2, and the feed-forward matrices."""
-FUSED = r"c_attn|qkv_proj|Wqkv|qkv|in_proj"
-"""Projections that hold q, k and v in this order, in three equal parts."""
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "c_attn": (
+        "GPT2Attention",
+        "DecisionTransformerGPT2Attention",
+        "ImageGPTAttention",
+        "Attention",
+    ),  # the last: OpenAI GPT
+    "qkv_proj": ("Phi3Attention",),
+    "Wqkv": ("MptAttention", "ModernBertAttention"),
+    "qkv": (),
+}
+"""Projections that hold q, k and v in this order, in three equal parts: name -> the classes whose child it is, () = of any.
+Others of these names are cut head by head (GPT-BigCode), in another order (CodeGen), or hold something else."""
 PARTS = ("q", "k", "v")
 
 
@@ -40,7 +51,7 @@ def spelt_out(method: LoRA, model: nn.Module) -> LoRA:
     short = [name for name in method.target_modules if name not in own]
     found = {name: [path for path in linear if _ends(SHORT[name], path)] for name in short}
     missing = [name for name, paths in found.items() if not paths]
-    fused = [path for path in linear if _ends(FUSED, path) and _thirds(model.get_submodule(path))]
+    fused = [path for path in linear if _is_fused(model, path)]
     absent = [name for name in missing if not fused or name not in PARTS]
     if absent:
         names = sorted({re.sub(r"\.\d+\.", ".N.", path) for path in linear})
@@ -67,6 +78,13 @@ def _linear(model: nn.Module) -> list[str]:
 
 def _ends(pattern: str, path: str) -> bool:
     return re.search(rf"(^|\.)({pattern})$", path) is not None
+
+
+def _is_fused(model: nn.Module, path: str) -> bool:
+    parent, _, name = path.rpartition(".")
+    if name not in FUSED or not _thirds(model.get_submodule(path)):
+        return False
+    return not FUSED[name] or plain(type(model.get_submodule(parent))).__name__ in FUSED[name]
 
 
 def _thirds(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from lorakit.attach.kinds import Conv1DKind, EmbeddingKind, low_rank_kind
 from lorakit.attach.method import Draft, Method
 from lorakit.attach.targets import ALL_LINEAR, shortest_names
 from lorakit.methods.lora import LoRA
+from lorakit.methods.pissa import from_base
 from lorakit.store.card import model_card
 from lorakit.store.files import json_bytes
 from lorakit.store.identity import content_hash, fingerprint
@@ -40,6 +41,7 @@ class PeftLora(Layout):
         extra = {
             **record.meta.get("extra", {}),
             **notes,
+            **_trained_as(method),
             "format": FORMAT,
             "method": method.name,
             "adapter": content_hash(config, tensors),
@@ -57,6 +59,16 @@ class PeftLora(Layout):
 
     def draft(self, found: Stored, method: Method, model: nn.Module) -> tuple[Method, Draft, list[str]]:
         return on_model(cast(AdapterFile, found), cast(LoRA, method), model)
+
+
+def _trained_as(method: LoRA) -> dict[str, Any]:
+    """What made the file's pairs wider than what was trained: parts of a fused matrix, a start taken from the base."""
+    said: dict[str, Any] = {}
+    if method.enable_lora:
+        said["enable_lora"] = {key: list(value) for key, value in method.enable_lora.items()}
+    if from_base(method.init) is not None:
+        said["init"] = method.init
+    return {"trained_as": said} if said else {}
 
 
 def _config(model: nn.Module, record: Record, method: LoRA) -> dict[str, Any]:

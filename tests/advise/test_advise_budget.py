@@ -65,6 +65,26 @@ def test_what_every_rank_trains_is_in_the_budget(models):
         assert lk.attach(tiny.llama(), made, name="a").trainable == one.parameters
 
 
+def test_patterns_of_the_recipe_do_not_reach_the_candidates(models):
+    method = {"name": "lora", "rank_pattern": {"q_proj": 16}}
+    document = load_recipe({"model": models["llama"], "method": method, "data": {"train": "t", "eval": "e"}})
+    found, _ = find_candidates(document, 1024, [("q",), ("q", "v")])
+    for one in found:
+        own = {key.partition(".")[2]: value for key, value in one.changes.items()}
+        assert (
+            lk.attach(tiny.llama(), lk.LoRA(**{**method_fields(method), **own}), name="a").trainable == one.parameters
+        )
+    fused = {"name": "lora", "enable_lora": {"c_attn": [True, False, True]}, "target_modules": ["c_attn"]}
+    document = load_recipe({"model": models["gpt2"], "method": fused, "data": {"train": "t", "eval": "e"}})
+    (only,), _ = find_candidates(document, 1024, [("o",)])
+    own = {key.partition(".")[2]: value for key, value in only.changes.items()}
+    assert lk.attach(tiny.gpt2(), lk.LoRA(**{**method_fields(fused), **own}), name="a").trainable == only.parameters
+
+
+def method_fields(method):
+    return {key: value for key, value in method.items() if key != "name"}
+
+
 def test_the_best_measured_is_first_and_nothing_is_trained_twice(recipe, tmp_path):
     how = {"sweep": sweep, "output": tmp_path / "budget", "seeds": [0, 1], "steps": 3, "examples": 20}
     found = advise_budget(

@@ -90,3 +90,30 @@ def test_the_command(adapter, capsys):
         with pytest.raises(SystemExit) as left:
             main(["analyze", str(adapter), *wrong])
         assert left.value.code == 1
+
+
+def test_parts_of_a_fused_matrix_have_the_rank_that_one_of_them_needs(tmp_path):
+    model = tiny.gpt2()
+    lk.attach(model, lk.LoRA(r=3, target_modules=["c_attn"], enable_lora={"c_attn": [True, False, True]}), name="a")
+    with torch.no_grad():
+        for layer in model.transformer.h:
+            A, Bt = layer.attn.c_attn.lora_A, layer.attn.c_attn.lora_Bt
+            trained = A.numel() + Bt.numel()
+            Bt.normal_()
+            for row in (1, 2, 4, 5):  # of each part one direction is left
+                A[row] = 0
+    found = advise_ranks(lk.save(model, tmp_path / "parts", "a"), 1.0)
+    assert [(one.rank, one.advised) for one in found.layers] == [(3, 1)] * 2
+    assert found.parameters_before == 2 * trained
+    assert (found.r, found.rank_pattern) == (1, {})
+
+
+def test_a_start_from_the_base_does_not_count_as_trained(tmp_path):
+    model = tiny.llama()
+    report = lk.attach(model, lk.LoRA(r=2, init="pissa", target_modules=["q_proj"]), name="a", seed=0)
+    with torch.no_grad():
+        for tensor in lk.parameters(model, "a"):
+            tensor.add_(torch.randn_like(tensor))
+    found = advise_ranks(lk.save(model, tmp_path / "pissa", "a"), 1.0)
+    assert found.parameters_before == report.trainable
+    assert all((one.rank, one.advised) == (2, 4) for one in found.layers)

@@ -183,7 +183,7 @@ def test_seeds(tmp_path):
     assert over_seeds([tmp_path / "0"], "loss").steps == (10,)
     assert over_seeds([tmp_path / "0"], "loss").spread is None
     assert best_epoch([{"step": 1, "eval_ter": 40}, {"step": 2, "eval_ter": 30}], "ter").step == 2
-    with pytest.raises(DataError, match="no evaluation of it has f1"):
+    with pytest.raises(DataError, match="no evaluation of it has a finite f1"):
         over_seeds([tmp_path / "0"], "f1")
     with pytest.raises(DataError, match="no run's record"):
         over_seeds([tmp_path / "9"], "loss")
@@ -197,3 +197,16 @@ def test_each_tasks_own_metrics_need_nothing_more():
     assert default_metrics("question-answering", "squad") == ("squad_f1", "squad_exact")
     for task in ("e2e", "webnlg", "dart", "wikisql", "samsum"):
         assert not {"meteor", "cider", "rougeL_coco"} & set(default_metrics("causal-lm", task))
+
+
+def test_references_without_a_word_are_like_nothing():
+    assert cider(["a", "b"], [["."], ["!"]]) == 0.0
+
+
+def test_an_epoch_whose_value_is_no_number_is_not_the_best():
+    rows = [
+        {"step": 1, "eval_loss": float("nan")},
+        {"step": 2, "eval_loss": 1.0},
+        {"step": 3, "eval_loss": float("inf")},
+    ]
+    assert best_epoch(rows, "loss").step == 2

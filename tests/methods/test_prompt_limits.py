@@ -186,6 +186,36 @@ def test_right_padded_prompts_with_an_infix_do_not_go_on_from_a_cache() -> None:
         model(x[:, :1], attention_mask=torch.cat([mask, mask[:, :1]], 1), past_key_values=cache)
 
 
+@pytest.mark.parametrize("method", [PromptEmbedding(1, 2), PrefixTuning(prefix_length=1, infix_length=2)])
+def test_a_prompt_in_pieces_is_refused_with_an_infix(method: Any) -> None:
+    """Behind which piece the infix stands cannot be told."""
+    model = tiny.llama()
+    lk.attach(model, method)
+    x = tiny.batch(model)["input_ids"]
+    cache = model(x[:, :3], use_cache=True).past_key_values
+    with pytest.raises(AdapterError, match="still prompt"):
+        model(x[:, 3:], past_key_values=cache)
+    cache = model(x[:, :3], use_cache=True).past_key_values
+    assert model(x[:, 3:4], past_key_values=cache).logits.shape[1] == 1
+
+
+@pytest.mark.parametrize(
+    "method",
+    [PrefixTuning(prefix_length=2, tokens=[5, 6]), PromptTuning(length=2, tokens=[5, 6])],
+)
+@pytest.mark.parametrize("on", [PromptTuning(length=5), lk.LoRA(r=2, target_modules=["embed_tokens", "k_proj"])])
+def test_a_start_from_tokens_is_the_bases_whatever_is_on(method: Any, on: Any) -> None:
+    plain, model = tiny.llama(), tiny.llama()
+    lk.attach(plain, method, name="a")
+    lk.attach(model, on, name="on")
+    with torch.no_grad():
+        for tensor in lk.parameters(model, "on"):
+            tensor.add_(torch.randn_like(tensor))
+    lk.attach(model, method, name="a")
+    for one, other in zip(lk.parameters(plain, "a"), lk.parameters(model, "a"), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_ends_wants_a_length_a_row() -> None:
     model = tiny.llama()
     lk.attach(model, PromptEmbedding(1, 2))

@@ -48,3 +48,13 @@ def test_names_of_the_model_itself_stay():
 def test_a_matrix_that_is_not_there():
     with pytest.raises(TargetError, match=r"no matrix known as gate\. .*c_attn"):
         spelt_out(LoRA(target_modules=["q", "gate"]), tiny.gpt2())
+
+
+def test_a_fused_matrix_that_is_cut_head_by_head_has_no_parts():
+    from transformers import CodeGenConfig, CodeGenForCausalLM, GPTBigCodeConfig, GPTBigCodeForCausalLM
+
+    big = GPTBigCodeForCausalLM(GPTBigCodeConfig(n_embd=32, n_head=4, n_layer=2, vocab_size=64, multi_query=False))
+    gen = CodeGenForCausalLM(CodeGenConfig(n_embd=32, n_head=4, n_layer=2, vocab_size=64, rotary_dim=4))
+    for model in (tiny.deberta_v1(), big, gen):
+        with pytest.raises(TargetError, match="no matrix known as q"):
+            spelt_out(LoRA(target_modules=["q"]), model)
