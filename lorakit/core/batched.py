@@ -12,7 +12,8 @@ in lorakit.core.ways):
 - of many, unlike ranks: each token's own pair is gathered (Chen et al., 2023, "Punica", section 4), and multiplied in
   batches of one rank.
 
-Strict: a token is multiplied in a batch of matrices, in a grid or gathered, and so has the bits that it has alone.
+Strict: a token is multiplied in a batch of matrices, in a grid or gathered, and so has the bits that it has alone. A run of
+tokens has those that it has alone as a run of this length: cut in two, its last bits may be others, as in any product.
 """
 
 from collections.abc import Sequence

@@ -25,8 +25,7 @@ def add_admin(app: Any, server: Server) -> None:
 
     @app.get("/v1/adapters/{name}")
     async def adapter(name: str) -> dict[str, Any]:
-        found = await asyncio.to_thread(_one, server, name)
-        return {**found, "history": [asdict(event) for event in server.registry.entries()[name].history]}
+        return await asyncio.to_thread(_with_history, server, name)
 
     @app.post("/v1/adapters", status_code=201)
     async def publish(body: PublishRequest) -> dict[str, Any]:
@@ -49,12 +48,11 @@ def add_admin(app: Any, server: Server) -> None:
 
     @app.get("/v1/aliases")
     async def aliases() -> dict[str, Any]:
-        return {"object": "list", "data": server.registry.aliases()}
+        return {"object": "list", "data": await asyncio.to_thread(server.registry.aliases)}
 
     @app.put("/v1/aliases/{alias}")
     async def set_alias(alias: str, body: AliasRequest) -> dict[str, Any]:
-        await asyncio.to_thread(server.alias, alias, body.target)
-        return {"alias": alias, "target": server.registry.aliases()[alias]}
+        return {"alias": alias, "target": await asyncio.to_thread(server.alias, alias, body.target)}
 
     @app.delete("/v1/aliases/{alias}")
     async def drop_alias(alias: str) -> dict[str, Any]:
@@ -67,3 +65,8 @@ def _one(server: Server, name: str) -> dict[str, Any]:
     if found is None:
         raise UnknownAdapterError(f"there is no adapter {shown(name)} in the registry.")
     return asdict(found)
+
+
+def _with_history(server: Server, name: str) -> dict[str, Any]:
+    found, entry = _one(server, name), server.registry.entries().get(name)
+    return {**found, "history": [] if entry is None else [asdict(event) for event in entry.history]}

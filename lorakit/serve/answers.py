@@ -4,12 +4,13 @@ import asyncio
 import base64
 import json
 import struct
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError, UnknownAdapterError, UsageError
 from lorakit.serve.follow import TextStream, new_tokens, whole
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 HEADER = "X-Lorakit-Adapter"
 GONE = 499  # the client left before its answer
-T = TypeVar("T")
 
 
 class Answers:
@@ -54,14 +54,18 @@ class Answers:
         return JSONResponse(Writer.of(body, started[0].hash).whole(answers), headers={HEADER: _shown(started[0].hash)})
 
     async def embed(self, body: EmbeddingRequest, request: Any) -> Any:
-        rows = await self._texts("embedding", body.model, body.inputs(), self._server.embed, "embeddings")
-        data = [{"object": "embedding", "index": i, "embedding": _vector(body, one)} for i, one in enumerate(rows)]
-        return self._listed(body.model, data, rows)
+        def entry(index: int, one: "Embedded") -> dict[str, Any]:
+            return {"object": "embedding", "index": index, "embedding": _vector(body, one)}
+
+        self._server.engine.check_kind("embedding")
+        return await self._texts(body, request, "embeddings", self._server.engine.embed, entry)
 
     async def classify(self, body: ClassifyRequest, request: Any) -> Any:
-        rows = await self._texts("classification", body.model, body.inputs(), self._server.classify, "classify")
-        data = [{"index": i, "label": one.label, "scores": one.scores} for i, one in enumerate(rows)]
-        return self._listed(body.model, data, rows)
+        def entry(index: int, one: "Classified") -> dict[str, Any]:
+            return {"index": index, "label": one.label, "scores": one.scores}
+
+        self._server.engine.check_kind("classification")
+        return await self._texts(body, request, "classify", self._server.engine.classify, entry)
 
     def models(self) -> list[dict[str, Any]]:
         """The base, every name in service and every alias of one."""
@@ -86,11 +90,11 @@ class Answers:
     # -- generation
 
     async def _start(self, body: Decoding, prompts: Sequence[Any]) -> list[Started]:
-        """Begin to answer every prompt, or none."""
+        """Begin to answer every prompt, by the version that the first one got, or none."""
         started: list[Started] = []
         try:
             for index, prompt in enumerate(prompts):
-                begin = partial(self._begin, body, prompt, index)
+                begin = partial(self._begin, body, prompt, index, started[0].reference if started else body.model)
                 # shielded: a request that begins while its client leaves must not be left running
                 started.append(await self._shielded(begin))
         except BaseException:
@@ -107,10 +111,10 @@ class Answers:
             future.add_done_callback(_cancel_late)
             raise
 
-    def _begin(self, body: Decoding, prompt: Any, index: int) -> Started:
+    def _begin(self, body: Decoding, prompt: Any, index: int, reference: str | None) -> Started:
         ids = self._server.encode(prompt, index)
         params = body.params(body.wanted() or self._server.room(len(ids)))
-        return self._server.begin(ids, body.model, params, wait=False)
+        return self._server.begin(ids, reference, params, wait=False)
 
     async def _results(self, started: Sequence[Started]) -> list[Generated]:
         try:
@@ -171,22 +175,35 @@ class Answers:
     # -- texts
 
     async def _texts(
-        self, kind: Any, model: str, inputs: Sequence[Any], call: Callable[..., list[T]], route: str
-    ) -> list[T]:
-        self._server.engine.check_kind(kind)
-        loop = asyncio.get_running_loop()
-        name = await loop.run_in_executor(self._threads, self._server.name_of, model)
-        rows = await loop.run_in_executor(self._threads, partial(call, inputs, model, wait=False))
-        tokens = sum(row.tokens for row in rows)  # type: ignore[attr-defined]
-        self._metrics.answered(name, route, prompt_tokens=tokens, new_tokens=0, requests=len(inputs))
-        return rows
+        self, body: EmbeddingRequest | ClassifyRequest, request: Any, route: str, call: Any, entry: Any
+    ) -> Any:
+        """The answer to texts, all of one version of the adapter. Where the client leaves, no more of them are begun."""
+        from starlette.responses import JSONResponse, Response
 
-    def _listed(self, model: str, data: list[dict[str, Any]], rows: "Sequence[Classified | Embedded]") -> Any:
-        from starlette.responses import JSONResponse
+        texts, gone = body.inputs(), threading.Event()
 
+        def unless_gone(rows: list[Any], version: Any) -> Any:
+            if gone.is_set():
+                raise CancelledError  # nobody is there to hear of it
+            return call(rows, version)
+
+        work = partial(self._server.answer_rows, texts, body.model, unless_gone, wait=False)
+        try:
+            done = await self._unless_gone(request, asyncio.get_running_loop().run_in_executor(self._threads, work))
+        finally:
+            gone.set()
+        if done is None:
+            return Response(status_code=GONE)
+        name, rows = done
         tokens, adapter = sum(row.tokens for row in rows), rows[0].adapter
-        counts = {"prompt_tokens": tokens, "total_tokens": tokens}
-        content = {"object": "list", "model": model, "adapter": adapter, "data": data, "usage": counts}
+        self._metrics.answered(name, route, prompt_tokens=tokens, new_tokens=0, requests=len(texts))
+        content = {
+            "object": "list",
+            "model": body.model,
+            "adapter": adapter,
+            "data": [entry(index, one) for index, one in enumerate(rows)],
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
         return JSONResponse(content, headers={HEADER: _shown(adapter)})
 
 

@@ -135,7 +135,10 @@ class RowsThread:
             try:
                 answers = self._computed(batch)
                 for item, answer in zip(batch, answers, strict=True):
-                    item.outcome.set_result(answer)
+                    if isinstance(answer, ServeError):
+                        item.outcome.set_exception(answer)
+                    else:
+                        item.outcome.set_result(answer)
             except Exception as error:  # a fault in one batch must not end the thread
                 for item in batch:
                     if not item.outcome.done():
@@ -183,6 +186,7 @@ class RowsThread:
         return batch
 
     def _computed(self, batch: list[Item]) -> list[Any]:
+        """An answer for each; a ServeError for one whose numbers are not finite, which is no fault of the others."""
         live, rows = self.bank.live, tuple(item.adapter for item in batch)
         if self._heads is not None:
             held = {item.version for item in batch if item.version is not None and item.version.labels is not None}
@@ -197,11 +201,16 @@ class RowsThread:
             live.plain()
         self._steps, self._mix = self._steps + 1, (len(rows), len(set(rows)))
         if self._heads is not None:
-            return [self._classified(item, row) for item, row in zip(batch, output.logits.float(), strict=True)]
+            logits = output.logits.float()
+            fine = logits.isfinite().all(-1).tolist()
+            each = zip(batch, logits, fine, strict=True)
+            return [self._classified(item, row) if one else _not_finite() for item, row, one in each]
         mask = inputs["attention_mask"][..., None]
         means = (output.last_hidden_state.float() * mask).sum(1) / mask.sum(1)
-        vectors = torch.nn.functional.normalize(means, dim=-1).tolist()
-        return [Embedded(tuple(v), _hash(item), item.tokens) for item, v in zip(batch, vectors, strict=True)]
+        vectors = torch.nn.functional.normalize(means, dim=-1)
+        fine = vectors.isfinite().all(-1).tolist()
+        each = zip(batch, vectors.tolist(), fine, strict=True)
+        return [Embedded(tuple(v), _hash(item), item.tokens) if one else _not_finite() for item, v, one in each]
 
     def _classified(self, item: Item, logits: Tensor) -> Classified:
         labels = None if item.version is None else item.version.labels
@@ -232,6 +241,13 @@ class RowsThread:
         self.model.config.pad_token_id = self._pad
         if self._heads is not None:
             self._heads.close()
+
+
+def _not_finite() -> ServeError:
+    return ServeError(
+        "expected finite numbers of the model, and those for this text are not finite (NaN or infinity). The adapter's weights "
+        "are too large for the base, or the base's own are damaged. Serve another version."
+    )
 
 
 def _hash(item: Item) -> str | None:

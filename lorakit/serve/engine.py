@@ -37,7 +37,9 @@ LOG = logging.getLogger("lorakit.serve")
 class Engine:
     """Owns the model until `close`; `with Engine(model, tokenizer, bank) as engine:`. Every method is thread safe.
 
-    strict: each request's low-rank part is computed on its own, so that it has the very bits that it has alone.
+    strict: each request's low-rank part is computed on its own, so that it has the very bits that it has alone in the same
+    steps. Where a prompt is cut into steps depends on what runs beside it (and on what the cache holds of it), and with the
+    number of a product's rows its last bits may change: so may those of a prompt that is cut at another place.
     merge_after: steps in a row of one adapter alone after which it is merged into float32 weights, until another is asked
     for (see lorakit.serve.merging: it costs a second copy of those weights, and a pause of some forwards to make it).
     Raises WrongKindError where the model is none that can be served.
@@ -94,7 +96,7 @@ class Engine:
             self.model, self, self.bank, self.limits, sorted(self._ends), self._turns, self._merging, strict=strict
         )
         self._search = SearchThread(
-            self.model, self.tokenizer, self, self.bank, self._turns, self._merging, strict=strict
+            self.model, self.tokenizer, self, self.bank, self.limits, self._turns, self._merging, strict=strict
         )
         self._batch.start()
 
@@ -180,7 +182,10 @@ class Engine:
         if work.handle.done:  # cancelled while its adapter was read
             self.dropped(work)
             return
-        (self._batch if work.params.paged else self._search).submit(work)
+        if not work.params.paged:
+            self._search.submit(work)
+            return
+        self._batch.submit(work)
         if self._denial() is not None:
             self.crashed(work, ServeError("the engine has stopped."))
             self.dropped(work)
@@ -198,9 +203,15 @@ class Engine:
                 f"{count} and asks for {new}."
             )
         longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        room = min(longest or limits.cache_tokens, int(limits.cache_tokens * 0.8) - limits.page_tokens)
+        held = int(limits.cache_tokens * 0.8) - limits.page_tokens
+        room = min(longest or held, held)
         if count + new > room:
             raise TooLongError(f"prompt and answer may have {room} tokens together; these are {count} + {new}.")
+        if params.num_beams * (count + new) > held:
+            raise TooLongError(
+                f"the beams of a request may have {held} tokens together, for each keeps keys and values of its own; these "
+                f"are {params.num_beams} times {count} + {new}. Ask for fewer beams or tokens."
+            )
 
     def _check_queue(self) -> None:
         if len(self.works) >= self.limits.queue:
@@ -234,22 +245,24 @@ class Engine:
     # -- called by the threads that compute --------------------------------------------------------------------------
 
     def told(self, work: Work, output: Any) -> None:
-        """New tokens of a request, or its end."""
-        ended = output.is_finished()
-        if work.handle.done:
-            if not ended:  # cancelled so early that the batch had not heard of it yet, and knew nothing to cancel
-                self._batch.cancel_request(work.id)
-        else:
-            if output.error is not None:
-                self._fail(work, ServeError(f"the engine failed: {output.error}"))
-            elif take_tokens(work, output.generated_tokens, self.tokenizer):
-                self._finish(work, "stop")
-                if not ended:
-                    self._batch.cancel_request(work.id)
-            elif ended:
-                self._finish(work, "stop" if output.generated_tokens[-1] in work.ends else "length")
-        if ended:
+        """New tokens of a request, or its end. A fault in what is made of them ends this request alone."""
+        try:
+            if not work.handle.done:
+                self._take(work, output)
+        except Exception as error:  # the thread computes for the others too
+            self.crashed(work, error)
+        if output.is_finished():
             self.dropped(work)
+        elif work.handle.done:  # perhaps cancelled so early that the batch knew nothing to cancel
+            self._batch.cancel_request(work.id)
+
+    def _take(self, work: Work, output: Any) -> None:
+        if output.error is not None:
+            self._fail(work, ServeError(f"the engine failed: {output.error}"))
+        elif take_tokens(work, output.generated_tokens, self.tokenizer):
+            self._finish(work, "stop")
+        elif output.is_finished():
+            self._finish(work, "stop" if output.generated_tokens[-1] in work.ends else "length")
 
     def dropped(self, work: Work) -> None:
         """No forward will see this request again: what it holds is free. A second call does nothing."""
@@ -311,10 +324,9 @@ class Engine:
             return self._rows.stats()  # type: ignore[no-any-return]
         mix = (0, 0) if self._batch is None else self._batch.mix
         with self._lock:
-            done = [work.handle for work in self.works.values()]
             counts = dict(self._counts)
         steps = 0 if self._batch is None else self._batch.steps
-        return Stats(len(done), **counts, steps=steps, requests_in_batch=mix[0], adapters_in_batch=mix[1])
+        return Stats(len(self.works), **counts, steps=steps, requests_in_batch=mix[0], adapters_in_batch=mix[1])
 
     def close(self) -> None:
         """Stop. Requests that run fail with ServeError; the model is as it was before (the bank is its owner's to close)."""

@@ -1,5 +1,6 @@
 """A request as its caller holds it: tokens as they come, the whole result, cancellation. Safe in any thread."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorakit.errors import LorakitError, ServeError
+
+LOG = logging.getLogger("lorakit.serve")
 
 Finish = Literal["stop", "length", "cancelled"]
 
@@ -84,7 +87,7 @@ class Handle:
 
     def on_news(self, call: Callable[[], None] | None) -> None:
         """Have `call` called when there are tokens, and at the end, in whatever thread makes them; at once where there
-        are some already. One listener at a time: None takes it away. It must be short, and raise nothing."""
+        are some already. One listener at a time: None takes it away. It must be short; one that raises is heard no more."""
         with self._changed:
             self._news = call
             told = bool(self._tokens) or self.done
@@ -129,5 +132,11 @@ class Handle:
         with self._changed:
             self._changed.notify_all()
             call = self._news
-        if call is not None:
+        if call is None:
+            return
+        try:
             call()
+        except Exception:  # of an event loop that is closed, say: the thread that tells computes for others too
+            LOG.exception("a listener failed, and is told nothing more")
+            with self._changed:
+                self._news = None if self._news == call else self._news

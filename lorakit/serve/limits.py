@@ -70,6 +70,11 @@ class SamplingParams:
             raise UsageError(f"repetition_penalty must be above 0, not {self.repetition_penalty}.")
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise UsageError("stop takes non-empty texts.")
+        for text in self.stop:
+            if not _has_bytes(text):
+                raise UsageError(
+                    f"a stop text must be text that UTF-8 can write; {text!a} has half of a surrogate pair. Send it whole."
+                )
         if self.num_beams > 1 and self.temperature > 0:
             raise UsageError("beams are searched, not sampled: give temperature 0 with num_beams.")
 
@@ -77,3 +82,11 @@ class SamplingParams:
     def paged(self) -> bool:
         """Whether the continuous batch takes it; else it runs on `model.generate`."""
         return self.num_beams == 1 and self.repetition_penalty == 1.0 and self.allowed is None
+
+
+def _has_bytes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -15,6 +15,7 @@ from lorakit.serve.keys import check_start
 from lorakit.serve.server import Server
 
 log = logging.getLogger("lorakit.serve")
+TAKEN = 16 << 10  # bytes that a client must take in `linger_seconds`
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class ListenConfig:
     keep_alive_seconds: float = 75.0
     """For which a connection without a request is kept. Longer than clients keep theirs (httpx and openai 5, aiohttp 15):
     where the server is the first to close, it may do so under a request that is on its way, which is then lost."""
+    linger_seconds: float = 10.0
+    """A connection that is closed here, and whose client takes less than 16 KiB of what is left in this time, is cut."""
     drain_seconds: float = 30.0
     """For requests that run when the server is told to stop."""
 
@@ -64,7 +67,7 @@ def uvicorn_settings(app: Any, config: ListenConfig) -> Any:
 
     return uvicorn.Config(
         app,
-        http=_protocol(config.header_seconds),
+        http=_protocol(config.header_seconds, config.linger_seconds),
         ws="none",
         limit_concurrency=config.connections,
         timeout_keep_alive=max(1, round(config.keep_alive_seconds)),
@@ -89,16 +92,18 @@ def _bound(config: ListenConfig) -> socket.socket:
         raise UsageError(f"cannot listen on {config.host}, port {config.port}: {error}.") from error
 
 
-def _protocol(seconds: float) -> Any:
-    """uvicorn's protocol, which waits for ever for a request's headers, with an end to that."""
+def _protocol(seconds: float, linger: float) -> Any:
+    """uvicorn's protocol, which waits for ever for a request's headers and for a client to take the rest, with ends to that."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Timed(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
+        _watch: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._begin()
+            self._look(None)
 
         def data_received(self, data: bytes) -> None:
             if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
@@ -109,6 +114,8 @@ def _protocol(seconds: float) -> Any:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._end()
+            if self._watch is not None:
+                self._watch.cancel()
             super().connection_lost(exc)
 
         def _begin(self) -> None:
@@ -118,5 +125,19 @@ def _protocol(seconds: float) -> Any:
             if self._deadline is not None:
                 self._deadline.cancel()
                 self._deadline = None
+
+        def _look(self, left: int | None) -> None:
+            """Now and then: `close` waits until the client has taken what is written, which one that does not read never has.
+
+            left: bytes that waited at the last look, where it was closed by then.
+            """
+            if self.transport.is_closing():
+                now = self.transport.get_write_buffer_size()
+                if left is not None and left - now < TAKEN:
+                    log.warning("a client does not take the end of its answer; its connection is cut")
+                    self.transport.abort()
+                    return
+                left = now
+            self._watch = self.loop.call_later(linger, self._look, left)
 
     return Timed

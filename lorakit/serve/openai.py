@@ -4,27 +4,66 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from lorakit.serve.handle import Generated
 from lorakit.serve.limits import SamplingParams
 
 MOST_INPUTS = 2048  # texts of a request for embeddings or classes
 MOST_PROMPTS = 64
+MOST_STOPS = 16
+MOST_PARTS = 1024  # messages of a chat, parts of one
+MOST_KEYS = 64  # of one object: each that is unknown is an error of its own
+
+# No list is looked at further than its first error: of a long one, each entry's would be kept.
+Ids = Annotated[list[int], Field(fail_fast=True)]
+ManyIds = Annotated[list[Ids], Field(max_length=MOST_PROMPTS, fail_fast=True)]
+Prompts = Annotated[list[str], Field(max_length=MOST_PROMPTS, fail_fast=True)]
+Stops = Annotated[list[str], Field(max_length=MOST_STOPS, fail_fast=True)]
+Texts = Annotated[list[str], Field(max_length=MOST_INPUTS, fail_fast=True)]
+Pair = Annotated[list[str], Field(max_length=2, fail_fast=True)]
+TextsOrPairs = Annotated[list[str | Pair], Field(max_length=MOST_INPUTS, fail_fast=True)]
+
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",),
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none",),
     "functions": ([],), "response_format": ({"type": "text"},), "modalities": (["text"],), "store": (False,),
 }  # fmt: skip
 """OpenAI's fields that change an answer in ways that this server has not: accepted with the values that change nothing."""
+NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {"annotations": ([],), "tool_calls": ([],), "refusal": ("",)}
+"""The same of a message, as clients send back the messages that they were answered."""
+
+
+def _few(value: Any) -> Any:
+    """A mapping of few keys, before any of them is looked at."""
+    if isinstance(value, dict) and len(value) > MOST_KEYS:
+        raise ValueError(f"expected at most {MOST_KEYS} keys, came {len(value)}")
+    return value
 
 
 class Body(BaseModel):
-    """A request's body: an unknown field, a text for a number and NaN are errors."""
+    """A request's body: an unknown field, a text for a number and NaN are errors. A field that is null is one left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_says_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        given = {name: one for name, one in _few(value).items() if one is not None}
+        for name, accepted in cls.neutral.items():
+            if name in given and not any(_same(given.pop(name), one) for one in accepted):
+                raise ValueError(f"{name} is not supported here: leave it out")
+        return given
+
+
+def _same(came: Any, neutral: Any) -> bool:
+    """Equal, where 0 is not False: "logprobs": 0 asks for something, false does not."""
+    return isinstance(came, bool) == isinstance(neutral, bool) and bool(came == neutral)
 
 
 class TextPart(Body):
@@ -33,8 +72,10 @@ class TextPart(Body):
 
 
 class Message(Body):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_IN_MESSAGE
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)]
     name: str | None = None
 
     def turn(self) -> dict[str, str]:
@@ -50,37 +91,28 @@ class StreamOptions(Body):
 class Decoding(Body):
     """What both kinds of generation share. Left out, temperature is 0: the likeliest tokens."""
 
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL
+
     model: str = Field(max_length=256)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | list[str] | None = None
+    stop: str | Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     num_beams: int = Field(1, ge=1, le=16)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     ignore_eos: bool = False
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(_few)] | None = None
     safety_identifier: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        for name, accepted in NEUTRAL.items():
-            if name in value and value[name] is not None and value[name] not in accepted:
-                raise ValueError(f"{name} is not supported here: leave it out")
-        return {name: one for name, one in value.items() if name not in NEUTRAL}
 
     @model_validator(mode="after")
     def _check_stop(self) -> "Decoding":
-        texts = self.stops()
-        if len(texts) > 16 or any(not 0 < len(text) <= 256 for text in texts):
-            raise ValueError("stop takes up to 16 texts of 1 to 256 characters")
+        if any(not 0 < len(text) <= 256 for text in self.stops()):
+            raise ValueError(f"stop takes up to {MOST_STOPS} texts of 1 to 256 characters")
         return self
 
     def stops(self) -> tuple[str, ...]:
@@ -105,7 +137,7 @@ class Decoding(Body):
 
 
 class ChatRequest(Decoding):
-    messages: list[Message] = Field(min_length=1, max_length=1024)
+    messages: list[Message] = Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     def wanted(self) -> int | None:
@@ -113,7 +145,7 @@ class ChatRequest(Decoding):
 
 
 class CompletionRequest(Decoding):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Prompts | Ids | ManyIds
 
     @model_validator(mode="after")
     def _check_prompts(self) -> "CompletionRequest":
@@ -131,9 +163,19 @@ class CompletionRequest(Decoding):
 
 class EmbeddingRequest(Body):
     model: str = Field(max_length=256)
-    input: str | list[str]
+    input: str | Texts
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _refuse_ids(cls, value: Any) -> Any:
+        if isinstance(value, list) and value and isinstance(value[0], int | list):
+            raise ValueError(
+                "expected a text or a list of texts, came token ids, and those of another tokenizer would mean another text: "
+                "send the texts (langchain_openai: check_embedding_ctx_length=False)"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check_inputs(self) -> "EmbeddingRequest":
@@ -147,7 +189,7 @@ class EmbeddingRequest(Body):
 
 class ClassifyRequest(Body):
     model: str = Field(max_length=256)
-    input: str | list[str | list[str]]
+    input: str | TextsOrPairs
 
     @model_validator(mode="after")
     def _check_inputs(self) -> "ClassifyRequest":

@@ -8,6 +8,7 @@ right before its forward; each request samples for itself.
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -18,15 +19,17 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from lorakit.core.batched import LONG
-from lorakit.core.route import Live
 from lorakit.serve.bank import Bank
 from lorakit.serve.limits import Limits
 from lorakit.serve.merging import Merging
-from lorakit.serve.sample import next_tokens
+from lorakit.serve.sample import drawn, likeliest, no_choice
 from lorakit.serve.turns import Turns
 from lorakit.serve.work import Work
 
 NAME = "lorakit"
+WORDS = 1 << 20  # no vocabulary has more ids
+DIGIT = 11  # bits of a version's number that an int32 has room for beside an id
+LARGEST = 1e30  # of keys and values: times those of another request they are no infinity
 PATIENCE = 2.0  # seconds after which a request that finds no place on the device lets no other overtake it
 
 
@@ -38,6 +41,7 @@ class Desk(Protocol):
     def told(self, work: Work, output: GenerationOutput) -> None: ...
     def dropped(self, work: Work) -> None: ...
     def expired(self, work: Work) -> None: ...
+    def crashed(self, work: Work, error: BaseException) -> None: ...
 
 
 class AdapterScheduler(FIFOScheduler):
@@ -156,9 +160,12 @@ class AdapterBatch(ContinuousBatchingManager):
         self.output_router = Router(desk)
         self.steps = 0
         self.mix = (0, 0)  # requests and adapters of the last step
+        self._apart: Apart | None = None  # while a step is computed again
+        self._spoilt = False  # whether the last step had a row that is not finite
 
     def submit(self, work: Work) -> None:
         """Queue a request whose adapter is held."""
+        work.handed = True
         ends: list[int] = [-1] if work.params.ignore_eos else sorted(work.ends)
         self.add_request(
             work.prompt,
@@ -182,6 +189,7 @@ class AdapterBatch(ContinuousBatchingManager):
         scheduler: Any = processor.scheduler
         scheduler.desk, scheduler.bank, scheduler.turns, scheduler.batch = self.desk, self.bank, self.turns, []
         _salt(processor.cache, self.desk)
+        self._part(processor.cache)
         processor.model_runner._sample = self._sample
         return processor
 
@@ -190,59 +198,127 @@ class AdapterBatch(ContinuousBatchingManager):
         works = [self.desk.works[future.state.request_id] for future in batch]
         self.mix = len(works), len({work.adapter for work in works})
         with self.turns:
-            self._set(self.bank.live, batch, works)
+            plain = self.merging.covers({work.version for work in works}) or all(work.version is None for work in works)
+            self._set(batch, works, plain=plain, strict=self.strict)
+            self._spoilt = False
             super()._generation_step()
+            if self._spoilt:
+                self._apart = Apart()
+                try:
+                    self._set(batch, works, plain=plain, strict=True)  # no product of one's token with another's pair
+                    super()._generation_step()
+                finally:
+                    self._apart = None
         self.steps += 1
 
-    def _set(self, live: Live, batch: list[FutureRequestState], works: list[Work]) -> None:
-        if self.merging.covers({work.version for work in works}) or all(work.version is None for work in works):
+    def _set(self, batch: list[FutureRequestState], works: list[Work], *, plain: bool, strict: bool) -> None:
+        live = self.bank.live
+        if plain:
             live.plain()
             return
         both = list(zip(works, batch, strict=True))
         packed = [(work.adapter, future.query_length) for work, future in both]
         if not self.batch_processor.model_runner.supports_logits_to_keep(self.model):  # type: ignore[union-attr]
-            live.pack(packed, None, strict=self.strict)
+            live.pack(packed, None, strict=strict)
             return
         kept = [(work.adapter, 1) for work, future in both if future.has_new_token]
         rest = [(-1, 1)] * (len(batch) - len(kept))  # transformers fills up with tokens that no one looks at
-        live.pack(packed, [*kept, *rest], strict=self.strict)
+        live.pack(packed, [*kept, *rest], strict=strict)
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
-        """The next token of each request of the step that ends its prompt or goes on. scores: (1, n, vocabulary)."""
+        """The next token of each request of the step that ends its prompt or goes on. scores: (1, n, vocabulary).
+
+        A row that is not finite spoils the step: attention gives the keys and values of others a weight of 0, and 0 times
+        NaN is NaN. The step is then computed again with each request apart, which writes over what it left in the cache.
+        """
         batch: list[FutureRequestState] = self.batch_processor.scheduler.batch  # type: ignore[union-attr]
-        works = [self.desk.works[future.state.request_id] for future in batch if future.has_new_token]
-        rows = scores[0, : len(works)]
-        tokens = next_tokens(rows, [work.params for work in works], [work.generator for work in works])
-        output_ids[0, : len(works)].copy_(tokens)
+        works = [self.desk.works[future.state.request_id] for future in batch]
+        rising = [place for place, future in enumerate(batch) if future.has_new_token]
+        rows = scores[0, : len(rising)]
+        tokens, sound = likeliest(rows)
+        if self._apart is None and not all(sound):
+            self._spoilt = True
+            output_ids.zero_()
+            return
+        lost = set() if self._apart is None else self._apart.lost
+        lost |= {place for place, fine in zip(rising, sound, strict=True) if not fine}
+        for row, place in enumerate(rising):
+            work = works[place]
+            if place in lost:
+                tokens[row] = 0
+            elif work.generator is not None:
+                tokens[row] = drawn(rows[row], work.params, work.generator)
+        output_ids[0, : len(rising)].copy_(tokens)
+        for place in lost:
+            self.desk.crashed(works[place], no_choice())
+            self.cancel_request(works[place].id)
+
+    def _part(self, cache: Any) -> None:
+        """Have the cache give out finite keys and values while a step is computed again, and note whose were not."""
+        update: Callable[..., tuple[Tensor, Tensor]] = cache.update
+
+        def finite(
+            key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]
+        ) -> tuple[Tensor, Tensor]:
+            both = update(key_states, value_states, layer_idx, kwargs)
+            return both if self._apart is None else self._apart.clean(*both, kwargs["cu_seq_lens_k"].tolist())
+
+        cache.update = finite
+
+    def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
+        """The loop ends: so do all requests that it has, one too that had ended in this step and was not told."""
+        try:
+            super()._handle_critical_error(error, batch_processor)
+        finally:
+            for work in [work for work in list(self.desk.works.values()) if work.handed]:
+                self.desk.crashed(work, error)
+                self.desk.dropped(work)
+            self.bank.places.running.pop(NAME, None)
+
+
+class Apart:
+    """A step in which no request's keys and values reach another. lost: places of those that had some that are not finite."""
+
+    def __init__(self) -> None:
+        self.lost: set[int] = set()
+
+    def clean(self, key: Tensor, value: Tensor, ends: list[int]) -> tuple[Tensor, Tensor]:
+        """key, value: (1, heads, tokens, dim) of all requests, one after the other; ends: where each begins and ends."""
+        fine = [(one.float().abs() <= LARGEST).all(-1).all(1)[0] for one in (key, value)]  # of NaN: no
+        spoilt = ~(fine[0] & fine[1])
+        self.lost |= {k for k, (start, end) in enumerate(pairwise(ends)) if bool(spoilt[start:end].any())}
+        key, value = (one.masked_fill(spoilt[:, None], 0.0) for one in (key, value))
+        return key, value
 
 
 def _salt(cache: Any, desk: Desk) -> None:
-    """Have the cache tell prefixes of one adapter version from those of all others.
-
-    A block's hash chains to its first one's, so it is enough that a version's first token reads as a number of its own.
-    """
-    numbers: dict[tuple[int, int], int] = {}
+    """Have the cache tell prefixes of one adapter version from those of all others. See salted."""
     search: Callable[[str, list[int]], int] = cache.search_prefix_match
 
-    def salted(request_id: str, tokens: list[int]) -> list[int]:
-        adapter = desk.works[request_id].adapter
-        if adapter < 0 or not tokens:
-            return tokens
-        number = numbers.setdefault((adapter, tokens[0]), -2 - len(numbers))  # no token's id; -1 is transformers' own
-        return [number, *tokens[1:]]
-
     def search_prefix_match(request_id: str, prompt_ids: list[int]) -> int:
-        return search(request_id, salted(request_id, prompt_ids))
+        return search(request_id, salted(desk.works[request_id].adapter, prompt_ids))
 
     def mark_complete_blocks(state: RequestState, complete_blocks: dict[str, int]) -> None:
         if not cache.allow_block_sharing or not complete_blocks or state.request_id not in desk.works:
             return
-        tokens = salted(state.request_id, state.initial_tokens + state.generated_tokens)
+        tokens = salted(desk.works[state.request_id].adapter, state.initial_tokens + state.generated_tokens)
         for name, count in complete_blocks.items():
             cache.cache_allocators[name].mark_complete_blocks(state.request_id, tokens, count)
 
     cache.search_prefix_match = search_prefix_match
     cache.mark_complete_blocks = mark_complete_blocks
+
+
+def salted(adapter: int, tokens: list[int]) -> list[int]:
+    """Tokens as the cache is to read them: with the version's number, in digits, above the ids of the first four.
+
+    A page has at least four tokens (Limits), and its hash chains to that of the first one, so no two versions share one; all
+    stay int32, as transformers hashes them.
+    """
+    if adapter < 0:
+        return tokens
+    first = [token + (adapter >> DIGIT * k) % (1 << DIGIT) * WORDS for k, token in enumerate(tokens[:4])]
+    return [*first, *tokens[4:]]
 
 
 def check_batch(batch: AdapterBatch) -> str | None:

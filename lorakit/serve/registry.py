@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,11 +45,12 @@ class Release:
 class Registry:
     """A folder of adapters. Safe to use from several threads, and to open from several processes.
 
-    folder: made where it is missing. refused: loose folders that were not taken in, each with the reason.
+    folder: made where it is missing. adopt: take in the loose folders now, as `adopt` does.
+    refused: loose folders that were not taken in, each with the reason.
     Raises OutputError (not writable) and FileError (a registry.json that is damaged).
     """
 
-    def __init__(self, folder: str | Path, *, bounds: AdapterBounds | None = None) -> None:
+    def __init__(self, folder: str | Path, *, bounds: AdapterBounds | None = None, adopt: bool = True) -> None:
         from filelock import FileLock
 
         self.bounds = bounds or AdapterBounds()
@@ -67,7 +68,8 @@ class Registry:
         self._state = State()
         with self._changing():
             self._sweep()
-            self._adopt()
+            if adopt:
+                self._adopt({})
 
     # -- reading
 
@@ -102,6 +104,11 @@ class Registry:
 
     # -- changing
 
+    def adopt(self, reserved: Mapping[str, str]) -> None:
+        """Take in loose folders with an adapter that their name has not had yet. reserved: names that are not taken, and why."""
+        with self._changing():
+            self._adopt(reserved)
+
     def publish(self, name: str, source: str | Path, check: Check | None = None) -> Release:
         """Take the adapter in the folder `source` in as a version of `name`, which from then on answers with it.
 
@@ -118,19 +125,16 @@ class Registry:
         return self._publish(name, self.folder / check_name(folder, "the name of a folder"), self.folder, check)
 
     def roll_back(self, name: str, version: str | None = None, check: Check | None = None) -> Release:
-        """Let `name` answer with an earlier version: the given one (digits of its hash), or that before the current one.
+        """Let `name` answer with an earlier version: the given one (digits of its hash), or the one that answered before the
+        current one was published.
 
         check: called with it before `name` leads to it; where it raises, nothing has changed.
         """
         with self._changing() as state:
             entry = self._entry(state, name)
-            if version is None:
-                at = entry.versions.index(entry.current)
-                if at == 0:
-                    raise UsageError(f"adapter {name!r} has no version before the current one to roll back to.")
-                digits = entry.versions[at - 1]
-            else:
-                digits = _chosen(name, entry, version.removeprefix("sha256:"))
+            digits = entry.before if version is None else _chosen(name, entry, version.removeprefix("sha256:"))
+            if digits is None:
+                raise UsageError(f"adapter {name!r} has no version before the current one to roll back to.")
             release = self.version(name, digits)
             if check is not None:
                 check(release)
@@ -144,12 +148,15 @@ class Registry:
             if entry.loaded != loaded:
                 self._write(state.with_entry(name, entry.after("load" if loaded else "unload", loaded=loaded)))
 
-    def pin(self, name: str, pinned: bool = True) -> None:
+    def pin(self, name: str, pinned: bool = True) -> Entry:
+        """Note whether a name's versions are to be kept in memory; returns the name's entry as it was."""
         with self._changing() as state:
-            self._write(state.with_entry(name, replace(self._entry(state, name), pinned=pinned)))
+            before = self._entry(state, name)
+            self._write(state.with_entry(name, replace(before, pinned=pinned)))
+            return before
 
-    def alias(self, alias: str, target: str) -> None:
-        """Let `alias` stand for a name (and follow its versions), or for one version "name@hash"."""
+    def alias(self, alias: str, target: str) -> str:
+        """Let `alias` stand for a name (and follow its versions), or for one version "name@hash"; returns the target in full."""
         check_name(alias, "an alias")
         with self._changing() as state:
             parts = split_reference(target)
@@ -160,6 +167,7 @@ class Registry:
             if parts[1] is not None:
                 target = f"{parts[0]}@{_chosen(parts[0], state.names[parts[0]], parts[1])}"
             self._write(replace(state, aliases={**state.aliases, alias: target}))
+            return target
 
     def drop_alias(self, alias: str) -> None:
         with self._changing() as state:
@@ -235,14 +243,17 @@ class Registry:
         except (FileError, OSError):
             return False
 
-    def _adopt(self) -> None:
-        """Take in loose folders that hold an adapter which their name has not had yet, each whole or not at all."""
+    def _adopt(self, reserved: Mapping[str, str]) -> None:
+        """See adopt: each folder whole or not at all."""
         state = self._state
         for folder in sorted(self.folder.iterdir()):
             if folder.name.startswith(".") or not (files_of(folder) / CONFIG).is_file():
                 continue
             if folder.is_symlink():
                 self.refused[folder.name] = "a link: only what lies in the registry's folder is read. Copy it there."
+                continue
+            if folder.name in reserved:
+                self.refused[folder.name] = reserved[folder.name]
                 continue
             entry, stamp = state.names.get(folder.name), _stamp(files_of(folder) / TENSORS)
             if entry is not None and entry.source == stamp:

@@ -36,6 +36,32 @@ class Entry:
     history: tuple[Event, ...] = ()
     source: tuple[int, int] | None = None
 
+    @property
+    def before(self) -> str | None:
+        """What answered before the current version was published; None where there was nothing.
+
+        Read from the history: each publication stands on what answered then, and a roll back leads to a version together with
+        what that one stands on. What the history has forgotten (it is bounded) counts in the order of publication.
+        """
+        stack: tuple[str, ...] = ()
+        if len(self.history) >= KEPT_EVENTS:
+            stack = self._up_to(self.history[0].version)
+        published: dict[str, tuple[str, ...]] = {}
+        for event in self.history:
+            if event.action == "publish" and stack[-1:] != (event.version,):
+                stack = published[event.version] = (*stack, event.version)
+            elif event.action == "roll back" and event.version in stack:
+                stack = stack[: len(stack) - stack[::-1].index(event.version)]
+            elif event.action == "roll back":
+                stack = published.get(event.version, self._up_to(event.version))
+        if stack[-1:] != (self.current,):  # a history that was changed by hand
+            stack = self._up_to(self.current)
+        return next((one for one in stack[-2::-1] if one != self.current and one in self.versions), None)
+
+    def _up_to(self, version: str) -> tuple[str, ...]:
+        """The versions in the order of publication, up to this one."""
+        return self.versions[: self.versions.index(version) + 1] if version in self.versions else ()
+
     def after(self, action: str, **changes: Any) -> "Entry":
         """Changed, with the change in the history."""
         changed = replace(self, **changes)

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from lorakit.attach.adapted import plain
 from lorakit.attach.kinds import EmbeddingKind, LeafKind, low_rank_kind
 from lorakit.attach.method import Draft, Pair
+from lorakit.core.delta import is_dense
 from lorakit.errors import UsageError
+
+LARGEST = 1e15  # of A's values: no activation makes an infinity of them in float32
 
 
 @dataclass(slots=True)
@@ -58,18 +61,13 @@ def _kind(leaf: nn.Module) -> LeafKind | None:
     return low_rank_kind(plain(type(leaf)))
 
 
-def to_rows(draft: Draft, modules: Modules, head: Mapping[str, Tensor]) -> Rows:
-    """The draft's layers on the model whose modules these are. head: the tensors of the adapter's own head.
+def to_rows(draft: Draft, modules: Modules, head: Mapping[str, Tensor], head_path: str | None = None) -> Rows:
+    """The draft's layers on the model whose modules these are. head: the tensors of the adapter's own head; head_path: the
+    name of a classifier's.
 
     Raises UsageError with all that cannot be mixed.
     """
-    faults = list(_faults(draft, modules))
-    if faults:
-        lines = "".join(f"\n  - {fault}" for fault in faults)
-        raise UsageError(
-            "requests of one batch cannot take this adapter beside others; merge it into a base of its own "
-            f"(lorakit merge) and serve that:{lines}"
-        )
+    _check([*_faults(draft, modules), *_in_head(draft, head_path)])
     with torch.no_grad():
         layers = {path: _row(modules[path], pair, crossed=False) for path, pair in draft.pairs.items()}
         for path, home in draft.tied.items():
@@ -80,7 +78,36 @@ def to_rows(draft: Draft, modules: Modules, head: Mapping[str, Tensor]) -> Rows:
             row = layers[path]
             change = group["bias"].detach() - own.detach().to(group["bias"])  # type: ignore[union-attr]
             row.shift = change if row.shift is None else row.shift + change
+        _check([fault for path, row in layers.items() for fault in _too_large(path, row, modules[path])])
     return Rows(layers, {name: tensor.detach() for name, tensor in head.items()})
+
+
+def _check(faults: list[str]) -> None:
+    if faults:
+        lines = "".join(f"\n  - {fault}" for fault in faults)
+        raise UsageError(
+            "requests of one batch cannot take this adapter beside others; merge it into a base of its own "
+            f"(lorakit merge) and serve that:{lines}"
+        )
+
+
+def _in_head(draft: Draft, path: str | None) -> Iterator[str]:
+    """A head computes the rows of its own adapter, in a copy that looks at no stack (lorakit.serve.heads)."""
+    for inner in [*draft.pairs, *draft.tied]:
+        if path is not None and (inner == path or inner.startswith(f"{path}.")):
+            yield (
+                f"{inner}: a low-rank pair in the classifier's head, which an adapter brings whole or not at all: train it "
+                f"with modules_to_save=[{path!r}]"
+            )
+
+
+def _too_large(path: str, row: Row, leaf: Any) -> Iterator[str]:
+    """A row of another adapter is multiplied with these too, and the product with 0: it must not be NaN."""
+    weight = leaf._parameters["weight"]
+    dtype = weight.dtype if weight is not None and is_dense(weight) else row.Bt.dtype
+    finite = all(tensor.to(dtype).isfinite().all() for tensor in row.tensors())
+    if not finite or (row.A.numel() and float(row.A.abs().max()) > LARGEST):
+        yield f"{path}: values above {LARGEST:g} in A, or that are not finite in {dtype}"
 
 
 def _faults(draft: Draft, modules: Modules) -> Iterator[str]:

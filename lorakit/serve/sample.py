@@ -1,31 +1,40 @@
 """The next token of each request, each with settings and random numbers of its own."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from lorakit.errors import ServeError
 from lorakit.serve.limits import SamplingParams
 
 
-def next_tokens(
-    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator | None]
-) -> Tensor:
-    """(n,) from logits (n, vocabulary) in fp32: the likeliest where a request is greedy (temperature 0), else drawn."""
-    tokens = logits.argmax(-1)
-    for row, (one, generator) in enumerate(zip(params, generators, strict=True)):
-        if generator is not None:
-            tokens[row] = _drawn(logits[row], one, generator)
-    return tokens
+def likeliest(logits: Tensor) -> tuple[Tensor, list[bool]]:
+    """Of logits (n, vocabulary) in fp32: (n,) the likeliest ids, ties to the lower, and whether a row is one to choose from.
+
+    It is not with a NaN or an infinity among its numbers; -inf is an id that may not come, and all cannot be.
+    """
+    tokens = logits.argmax(-1)  # a NaN counts as the greatest
+    return tokens, logits.gather(-1, tokens[:, None])[:, 0].isfinite().tolist()
 
 
-def _drawn(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    """One id, by nucleus and top-k sampling: the fewest likeliest ids whose probability reaches top_p."""
+def drawn(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+    """One id, by nucleus and top-k sampling: the fewest likeliest ids whose probability reaches top_p.
+
+    logits: (vocabulary,), a row that `likeliest` finds one to choose from.
+    """
     count = min(params.top_k or logits.numel(), logits.numel())
     scores, ids = logits.topk(count)  # sorted, likeliest first
-    chances = (scores.cpu().double() / params.temperature).softmax(-1)
+    below = scores.cpu().double() - float(scores[0])  # first: divided by a tiny temperature, the scores would overflow
+    chances = (below / params.temperature).softmax(-1)
     reached = chances.cumsum(-1)
     kept = reached[reached - chances < params.top_p]
-    drawn = torch.rand((), generator=generator, dtype=torch.float64) * kept[-1]
-    place = min(int(torch.searchsorted(kept, drawn, right=True)), len(kept) - 1)
+    point = torch.rand((), generator=generator, dtype=torch.float64) * kept[-1]
+    place = min(int(torch.searchsorted(kept, point, right=True)), len(kept) - 1)
     return int(ids[place])
+
+
+def no_choice() -> ServeError:
+    """What a request fails with that has no row to choose from."""
+    return ServeError(
+        "no token can be chosen: expected finite logits, came NaN or infinity. The adapter's weights are too large for the "
+        "base, or the base's own are damaged. Serve another version."
+    )

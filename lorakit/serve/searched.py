@@ -10,9 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lorakit.errors import ServeError
 from lorakit.serve.bank import Bank
+from lorakit.serve.limits import Limits
 from lorakit.serve.merging import Merging
-from lorakit.serve.sample import next_tokens
+from lorakit.serve.sample import drawn, likeliest, no_choice
 from lorakit.serve.turns import Turns
 from lorakit.serve.work import Work, conclude, stop_found
 
@@ -32,9 +34,18 @@ class SearchThread:
     """One thread over one queue. Requests that can share a batch (equal settings of the search) are taken together."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, desk: Desk, bank: Bank, turns: Turns, merging: Merging, *, strict: bool
+        self,
+        model: Any,
+        tokenizer: Any,
+        desk: Desk,
+        bank: Bank,
+        limits: Limits,
+        turns: Turns,
+        merging: Merging,
+        *,
+        strict: bool,
     ) -> None:
-        self.merging = merging
+        self.limits, self.merging = limits, merging
         self.model, self.tokenizer, self.desk, self.bank, self.turns = model, tokenizer, desk, bank, turns
         self.strict = strict
         self._queue: queue.Queue[Work | None] = queue.Queue()
@@ -93,8 +104,21 @@ class SearchThread:
             self.desk.dropped(work)
         if not self._waiting:
             return []
-        chosen = [work for work in self._waiting if _alike(work) == _alike(self._waiting[0])][:TOGETHER]
+        chosen = self._together()
         self._waiting = [work for work in self._waiting if work not in chosen]
+        return chosen
+
+    def _together(self) -> list[Work]:
+        """The first that waits, and those of its settings, as far as the keys and values of all their beams have room."""
+        chosen: list[Work] = []
+        for work in self._waiting:
+            if _alike(work) != _alike(self._waiting[0]):
+                continue
+            longest = max(len(one.prompt) for one in (*chosen, work)) + work.params.max_new_tokens
+            tokens = (len(chosen) + 1) * work.params.num_beams * longest
+            if chosen and (len(chosen) == TOGETHER or tokens > self.limits.cache_tokens):
+                break
+            chosen.append(work)
         return chosen
 
     def _take(self, work: Work | None) -> None:
@@ -107,18 +131,22 @@ class SearchThread:
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
         ids, mask = self._padded(works)
+        ending = _Ending(self, works, ids.shape[1])
         with self.turns, torch.no_grad():
             self._set(works)
             written = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=self._settings(works[0]),
-                logits_processor=LogitsProcessorList([_Passing(self, works, ids.shape[1])]),
-                stopping_criteria=StoppingCriteriaList([_Ending(self, works, ids.shape[1])]),
+                logits_processor=LogitsProcessorList([_Passing(self, works, ids.shape[1], ending.over)]),
+                stopping_criteria=StoppingCriteriaList([ending]),
             )
             self.bank.live.plain()
         for work, row in zip(works, written[:, ids.shape[1] :].tolist(), strict=True):
-            self._answer(work, row)
+            try:
+                self._answer(work, row, ending.cut)
+            except Exception as error:  # one request's fault is no other's
+                self.desk.crashed(work, error)
 
     def _set(self, works: Sequence[Work]) -> None:
         self.merging.apart()
@@ -148,7 +176,8 @@ class SearchThread:
             use_cache=True,
         )
 
-    def _answer(self, work: Work, row: list[int]) -> None:
+    def _answer(self, work: Work, row: list[int], broken: bool) -> None:
+        """broken: the thread closed under the search. What had not ended then is no answer, and `dropped` says so."""
         if work.handle.done:
             return
         ends = () if work.params.ignore_eos else work.ends
@@ -158,6 +187,8 @@ class SearchThread:
             found = (k for k in range(1, len(kept) + 1) if stop_found(self.tokenizer, kept[:k], work.params.stop))
             end = next(found, None)
             kept, cut = (kept, cut) if end is None else (kept[:end], end)
+        if broken and len(row) < work.params.max_new_tokens and (cut is None or work.params.num_beams > 1):
+            return  # of beams a better one might have come
         work.handle.push(kept)
         conclude(work, "length" if cut is None else "stop", self.tokenizer)
 
@@ -170,8 +201,8 @@ def _alike(work: Work) -> tuple[Any, ...]:
 class _Passing:
     """Called between two forwards: gives the other threads a turn, keeps constrained rows to their ids, samples."""
 
-    def __init__(self, thread: SearchThread, works: list[Work], start: int) -> None:
-        self.thread, self.works, self.start = thread, works, start
+    def __init__(self, thread: SearchThread, works: list[Work], start: int, over: set[int]) -> None:
+        self.thread, self.works, self.start, self.over = thread, works, start, over
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         thread = self.thread
@@ -180,14 +211,31 @@ class _Passing:
         thread._set(self.works)
         beams = len(input_ids) // len(self.works)
         for number, work in enumerate(self.works):
-            rows = range(number * beams, (number + 1) * beams)
-            if work.params.allowed is not None:
-                for row in rows:
-                    scores[row] = _only(scores[row], work.params.allowed(input_ids[row, self.start :].tolist()))
-            if work.generator is not None:
-                drawn = next_tokens(scores[rows.start : rows.stop], [work.params], [work.generator])
-                scores[rows.start] = _only(scores[rows.start], drawn.tolist())
+            rows = slice(number * beams, (number + 1) * beams)
+            try:
+                if number not in self.over and not work.handle.done:
+                    self._choose(work, input_ids[rows, self.start :].tolist(), scores[rows])
+            except Exception as error:  # one request's fault (its constraint's, say) is no other's
+                thread.desk.crashed(work, error)
+            if number in self.over or work.handle.done:
+                scores[rows] = 0.0  # whatever they were: no one looks at what follows
         return scores
+
+    def _choose(self, work: Work, answers: list[list[int]], scores: Tensor) -> None:
+        """Change the scores of a request's beams in place. Raises ServeError where there is none to choose."""
+        going = [
+            row for row, tokens in enumerate(answers) if work.ends.isdisjoint(tokens)
+        ]  # a constraint has no more to say
+        if not all(likeliest(scores[going])[1]):
+            raise no_choice()
+        if work.params.allowed is not None:
+            allowed = {row: work.params.allowed(answers[row]) for row in going}
+            if going and not any(allowed.values()):
+                raise ServeError("the constraint lets no id follow: `allowed` must give one id at least.")
+            for row, ids in allowed.items():
+                scores[row] = _only(scores[row], ids)
+        if work.generator is not None and going:
+            scores[0] = _only(scores[0], [drawn(scores[0], work.params, work.generator)])
 
 
 def _only(scores: Tensor, ids: list[int]) -> Tensor:
@@ -201,18 +249,22 @@ class _Ending:
 
     def __init__(self, thread: SearchThread, works: list[Work], start: int) -> None:
         self.thread, self.works, self.start = thread, works, start
+        self.cut = False  # whether the thread closed under them
+        self.over: set[int] = set()  # places of requests whose rows have ended by what is no end of sequence
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         beams = len(input_ids) // len(self.works)
-        for work in self.works:
+        self.cut = self.thread._closing
+        for number, work in enumerate(self.works):
             if work.late and not work.handle.done:
                 self.thread.desk.expired(work)
-        ended = [
-            self.thread._closing
-            or work.handle.done
-            or (beams == 1 and self._stopped(work, input_ids[number, self.start :].tolist()))
-            for number, work in enumerate(self.works)
-        ]
+            try:
+                stopped = beams == 1 and self._stopped(work, input_ids[number, self.start :].tolist())
+            except Exception as error:  # one request's fault is no other's
+                self.thread.desk.crashed(work, error)
+            else:
+                self.over |= {number} if stopped else set()
+        ended = [self.cut or work.handle.done or number in self.over for number, work in enumerate(self.works)]
         return torch.tensor(ended, device=input_ids.device).repeat_interleave(beams)
 
     def _stopped(self, work: Work, tokens: list[int]) -> bool:

@@ -1,7 +1,7 @@
 """A base and a folder of adapters, in this process: what the HTTP app speaks to, and what programs can use without it."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,17 +10,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import QueueFullError, UsageError
+from lorakit.errors import DataError, QueueFullError, UsageError
 from lorakit.generate.prompts import Prompt, prompt_ids
 from lorakit.models import Loaded, longest_row
 from lorakit.models import load as load_model
-from lorakit.serve.bank import Bank
+from lorakit.serve.bank import Bank, Version
 from lorakit.serve.engine import Engine
 from lorakit.serve.handle import Generated, Handle
 from lorakit.serve.intake import AdapterBounds
 from lorakit.serve.limits import Limits, SamplingParams
 from lorakit.serve.registry import Registry
-from lorakit.serve.shelf import Shelf
+from lorakit.serve.shelf import BASES_NAME, Shelf
 
 if TYPE_CHECKING:
     from lorakit.serve.classify import Classified, Embedded
@@ -48,7 +48,8 @@ class ServerConfig:
     device_ranks: int = 1024
     """Ranks that are kept on the device, over all adapters in one batch."""
     strict: bool = False
-    """Let an adapter's own part of an answer not depend, in any bit, on the requests beside it."""
+    """Let an adapter's own part of an answer not depend, in any bit, on the requests beside it (for the same cut of its prompt
+    into steps; see docs/serving.md)."""
     warm: bool = True
     """Load every adapter in service at the start, in the background; else each with its first request."""
     limits: Limits = field(default_factory=Limits)
@@ -65,6 +66,11 @@ class Started:
     name: str | None
     hash: str | None
 
+    @property
+    def reference(self) -> str | None:
+        """What leads to this very version, whatever is published meanwhile."""
+        return None if self.name is None else f"{self.name}@{self.hash}"
+
 
 class Server(Shelf):
     """`with lk.Server("smollm2-135m-instruct", "adapters/") as server: server.generate(["..."], adapters=["sql"])`.
@@ -78,8 +84,11 @@ class Server(Shelf):
         self, model: str | PathLike[str] | Loaded, folder: str | Path, config: ServerConfig | None = None
     ) -> None:
         self.config = config or ServerConfig()
-        registry = Registry(folder, bounds=self.config.bounds)  # before the model: a wrong folder fails at once
+        # Opened before the model is loaded: a wrong folder fails at once. What lies in it is taken in when the base has a name.
+        registry = Registry(folder, bounds=self.config.bounds, adopt=False)
         loaded = model if isinstance(model, Loaded) else self._load(model)
+        name = _public_name(loaded.name)
+        registry.adopt({name: BASES_NAME})
         self.tokenizer = loaded.tokenizer
         self._positions = longest_row(loaded.model, loaded.tokenizer)
         bank = Bank(loaded.model, memory=self.config.memory, device_ranks=self.config.device_ranks)
@@ -88,7 +97,7 @@ class Server(Shelf):
         except BaseException:
             bank.close()
             raise
-        super().__init__(registry, bank, _public_name(loaded.name), warm=self.config.warm)
+        super().__init__(registry, bank, name, warm=self.config.warm)
 
     def _load(self, model: str | PathLike[str]) -> Loaded:
         config = self.config
@@ -152,9 +161,10 @@ class Server(Shelf):
     # -- the steps of an answer, for the app
 
     def encode(self, prompt: Prompt | Sequence[int], index: int = 0) -> list[int]:
-        """The ids of a prompt. Raises DataError for an empty one, or a chat that the template refuses."""
+        """The ids of a prompt. Raises DataError for an empty one, a text that is none, or a chat that the template refuses."""
         if not isinstance(prompt, str) and isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], int):
             return list(prompt)  # type: ignore[arg-type]
+        _check_texts(_texts_of(prompt), f"prompt {index + 1}")
         return prompt_ids(self.tokenizer, prompt, task="causal-lm", index=index)  # type: ignore[arg-type]
 
     def room(self, prompt_tokens: int) -> int:
@@ -174,13 +184,40 @@ class Server(Shelf):
         self.count(version)
         return Started(handle, name, None if version is None else version.hash)
 
+    def answer_rows(
+        self,
+        rows: Sequence[Any],
+        reference: str | None,
+        call: Callable[[list[Any], Version | None], list[Any]],
+        *,
+        most: int | None = None,
+        wait: bool = True,
+    ) -> tuple[str | None, list[Any]]:
+        """(the adapter's own name, `call`'s answers to all rows): all of the one version that `reference` means now.
+
+        most: rows of one call; else half of what the queue takes. Where the version is let go of in between, all rows are
+        answered anew, by what `reference` means then. Raises DataError, as `find`, and what `call` raises.
+        """
+        for index, row in enumerate(rows):
+            _check_texts(_texts_of(row), f"text {index + 1}")
+        piece = most or max(1, self.config.limits.queue // 2)
+
+        def work(version: Version | None) -> list[Any]:
+            parts = [call(list(rows[start : start + piece]), version) for start in range(0, len(rows), piece)]
+            return [one for part in parts for one in part]
+
+        name, version, answers = self.with_version(reference, work, wait=wait)
+        self.count(version, len(rows))
+        return name, answers
+
     # -- the end
 
     def close(self) -> None:
         """Stop; the model is plain again."""
-        super().close()
+        self.residents.stop()
         self.engine.close()
-        self.bank.close()
+        self.bank.close()  # what waits for room in it, to load or to pin, gives up
+        super().close()
 
     def __enter__(self) -> "Server":
         return self
@@ -215,12 +252,9 @@ class Server(Shelf):
 
         def work(adapter: str | None) -> None:
             mine = [row for row, other in enumerate(chosen) if other == adapter]
-            for start in range(0, len(mine), piece):
-                part = mine[start : start + piece]
-                _, version, answers = self.with_version(adapter, partial(call, [rows[row] for row in part]), wait=wait)
-                self.count(version, len(part))
-                for row, one in zip(part, answers, strict=True):
-                    found[row] = one
+            _, answers = self.answer_rows([rows[row] for row in mine], adapter, call, most=piece, wait=wait)
+            for row, one in zip(mine, answers, strict=True):
+                found[row] = one
 
         if len(different) == 1:
             work(different[0])
@@ -235,6 +269,25 @@ class Server(Shelf):
         if len(adapters) != count:
             raise UsageError(f"expected an adapter for each of the {count} prompts, came {len(adapters)}.")
         return list(adapters)
+
+
+def _texts_of(prompt: Any) -> list[Any]:
+    """The texts of a prompt: of a text, a pair, or a chat. An example's come from a file, which is read as UTF-8."""
+    parts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, list | tuple) else []
+    return [text for part in parts for text in (part.values() if isinstance(part, Mapping) else [part])]
+
+
+def _check_texts(texts: Sequence[Any], where: str) -> None:
+    """Raise DataError for half a character: a string may hold one (JSON's \\ud800), and no tokenizer takes it."""
+    for text in texts:
+        try:
+            if isinstance(text, str):
+                text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where} is no text: expected whole characters, came a lone surrogate ({text[error.start]!a}) at "
+                f"character {error.start + 1}. Send the character whole, or leave it out."
+            ) from error
 
 
 def _public_name(name: str) -> str:

@@ -5,10 +5,11 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from lorakit.errors import AdapterLoadingError, UnknownAdapterError, UsageError
+from lorakit.errors import AdapterLoadingError, LorakitError, UnknownAdapterError, UsageError
 from lorakit.serve.bank import Bank, Version
 from lorakit.serve.names import is_name, shown
 from lorakit.serve.registry import Registry, Release
@@ -17,6 +18,8 @@ from lorakit.serve.residents import Residents
 log = logging.getLogger("lorakit.serve")
 T = TypeVar("T")
 RETRIES = 3
+BASES_NAME = "the base's own name: requests for it reach the base, never this adapter. Publish it under another name."
+PIN_SECONDS = 2.0  # that a pin of the start waits for room which requests hold; what is not pinned waits for none
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Shelf:
         self.warmed = not warm
         self._served: Counter[str] = Counter()
         self._served_lock = threading.Lock()
+        if model_name in {**registry.entries(), **registry.aliases()}:  # from the time when it served another base
+            registry.refused[model_name] = BASES_NAME
         for name, reason in registry.refused.items():
             log.warning("the adapter in %s was not taken in: %s", ascii(name), ascii(reason))
         if warm:
@@ -62,25 +67,22 @@ class Shelf:
     def find(self, reference: str | None, *, wait: bool) -> Version | None:
         """The bank's version of "name", "name@hash" or an alias; None for the base (None, or its name).
 
-        wait: for its load; else AdapterLoadingError is raised while it loads. Raises UnknownAdapterError, and FileError for
-        an adapter that was refused.
+        wait: for its load; else AdapterLoadingError is raised while it loads. It is raised too where it cannot be loaded now
+        (the memory is held, say). Raises UnknownAdapterError, and FileError for an adapter that was refused.
         """
-        if reference is None or reference == self.model_name:
-            return None
-        release = self.registry.resolve(reference)
-        return self.residents.wait(release) if wait else self.residents.get(release)
+        return self._named(reference, wait=wait)[1]
 
     def name_of(self, reference: str | None) -> str | None:
         """The adapter's own name; None for the base."""
-        return None if reference in (None, self.model_name) else self.registry.resolve(str(reference)).name
+        release = self._release(reference)
+        return None if release is None else release.name
 
     def with_version(
         self, reference: str | None, call: Callable[[Version | None], T], *, wait: bool
     ) -> tuple[str | None, Version | None, T]:
-        """(name, version, what `call` gives for it). Looked up again where the version was let go of in between."""
+        """(name, version, what `call` gives for it). Looked up, and called, again where the version was let go of in between."""
         for _ in range(RETRIES):
-            name = self.name_of(reference)
-            version = self.find(reference, wait=wait)
+            name, version = self._named(reference, wait=wait)
             try:
                 return name, version, call(version)
             except UnknownAdapterError:
@@ -127,17 +129,26 @@ class Shelf:
         return self._changed(self.registry.resolve(name))
 
     def pin(self, name: str, pinned: bool = True) -> None:
-        """Keep a name's current version, and those to come, in memory (or no more)."""
-        self.registry.pin(name, pinned)
-        version = self.find(name, wait=True)
-        if version is not None:
-            (self.bank.pin if pinned else self.bank.unpin)(version)
+        """Keep a name's current version, and those to come, in memory (or no more); of a name out of service, once it is back.
 
-    def alias(self, alias: str, target: str) -> None:
-        """Let `alias` stand for a name, or for one version of it ("name@hash")."""
+        Where its version cannot be loaded or held, nothing has changed. Raises as `find`, and ServeError (no room).
+        """
+        before = self.registry.pin(name, pinned)
+        if not pinned:
+            return self._tidy()
+        if before.loaded:
+            try:
+                self.with_version(name, self._hold_pinned, wait=True)
+            except BaseException:
+                self.registry.pin(name, before.pinned)
+                raise
+
+    def alias(self, alias: str, target: str) -> str:
+        """Let `alias` stand for a name, or for one version of it ("name@hash"); returns what it stands for, in full."""
         self._check_free(alias)
-        self.registry.alias(alias, target)
+        found = self.registry.alias(alias, target)
         self._tidy()
+        return found
 
     def drop_alias(self, alias: str) -> None:
         self.registry.drop_alias(alias)
@@ -155,7 +166,7 @@ class Shelf:
                 AdapterInfo(
                     name=name,
                     hash=digest,
-                    state=self.residents.presence(digest) if entry.loaded else "unloaded",
+                    state=self._state(name, digest) if entry.loaded else "unloaded",
                     rank=one.version.rank if one else None,
                     bytes=one.version.bytes if one else None,
                     task=one.version.task if one else None,
@@ -164,16 +175,16 @@ class Shelf:
                     served=self._served[digest],
                     versions=tuple(f"sha256:{version}" for version in entry.versions),
                     aliases=tuple(alias for alias, target in aliases.items() if target.partition("@")[0] == name),
-                    reason=self.residents.reason(digest),
+                    reason=BASES_NAME if name == self.model_name else self.residents.reason(digest),
                 )
             )
         return found
 
     def in_service(self) -> list[tuple[str, Release, float]]:
-        """(name or alias, what answers for it, when that was published) of all that requests may name."""
+        """(name or alias, what answers for it, when that was published) of all adapters that requests may name."""
         entries = self.registry.entries()
         found = []
-        for name in sorted({*entries, *self.registry.aliases()}):
+        for name in sorted({*entries, *self.registry.aliases()} - {self.model_name}):
             try:
                 release = self.registry.resolve(name)
             except UnknownAdapterError:
@@ -189,9 +200,22 @@ class Shelf:
 
     # -- inside
 
+    def _release(self, reference: str | None) -> Release | None:
+        return None if reference is None or reference == self.model_name else self.registry.resolve(reference)
+
+    def _named(self, reference: str | None, *, wait: bool) -> tuple[str | None, Version | None]:
+        """(name, version) of one look at the registry."""
+        release = self._release(reference)
+        if release is None:
+            return None, None
+        return release.name, self.residents.wait(release) if wait else self.residents.get(release)
+
     def _check_free(self, name: str) -> None:
         if name == self.model_name and is_name(name):
             raise UsageError(f"{name!r} is the base's own name: requests for it would not reach the adapter.")
+
+    def _state(self, name: str, digest: str) -> str:
+        return "refused" if name == self.model_name else self.residents.presence(digest)
 
     def _bring(self, release: Release) -> None:
         self.residents.again(release)
@@ -204,12 +228,16 @@ class Shelf:
         self._tidy()
         return release.hash
 
+    def _hold_pinned(self, version: Version | None) -> None:
+        if version is not None:
+            self.bank.pin(version)
+
     def _tidy(self) -> None:
         """Keep what a name or an alias leads to, and the version before each: rolling back is then immediate."""
         kept: set[str] = set()
         for entry in self.registry.entries().values():
-            at = entry.versions.index(entry.current)
-            kept |= set(entry.versions[max(0, at - 1) : at + 1]) if entry.loaded else set()
+            if entry.loaded:
+                kept |= {entry.current, entry.before or entry.current}
         for alias in self.registry.aliases():
             try:
                 kept.add(self.registry.resolve(alias).hash.removeprefix("sha256:"))
@@ -221,20 +249,27 @@ class Shelf:
             if one.pinned and one.version.hash not in pinned:  # a version that its name leads to no more
                 self.bank.unpin(one.version)
 
-    def _to_warm(self) -> list[Release]:
-        """What names lead to, pinned ones first."""
+    def _to_warm(self) -> list[Callable[[], None]]:
+        """To load what names lead to, pinned ones first."""
         entries = self.registry.entries().items()
-        order = sorted(
-            ((not entry.pinned, name, entry) for name, entry in entries if entry.loaded), key=lambda one: one[:2]
-        )
-        return [self.registry.version(name, entry.current) for _, name, entry in order]
+        order = sorted((not entry.pinned, name) for name, entry in entries if entry.loaded and name != self.model_name)
+        return [partial(self._warm, name) for _, name in order]
+
+    def _warm(self, name: str) -> None:
+        """Load, and pin, what a name leads to now; what does not succeed is logged, and does not keep the others from it."""
+        try:
+            pinned = self.registry.entries()[name].pinned
+            version = self.residents.wait(self.registry.resolve(name), patience=PIN_SECONDS if pinned else 0.0)
+            if pinned:
+                self.bank.acquire(version, patience=PIN_SECONDS)
+                try:
+                    self.bank.pin(version)
+                finally:
+                    self.bank.release(version)
+        except Exception as error:
+            if not self.residents.closed:
+                fault = None if isinstance(error, LorakitError) else error
+                log.warning("adapter %s was not made ready at the start: %s", name, ascii(str(error)), exc_info=fault)
 
     def _end_warming(self) -> None:
-        for name, entry in self.registry.entries().items():
-            version = self.residents.found(f"sha256:{entry.current}")
-            if entry.pinned and version is not None:
-                self.bank.pin(version)
-            reason = self.residents.reason(f"sha256:{entry.current}")
-            if reason is not None:
-                log.warning("adapter %s was refused: %s", name, ascii(reason))
         self.warmed = True

@@ -44,15 +44,12 @@ class Base:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
+        self.own = {path: _as_given(module) for path, module in self.modules.items()}
+        """The modules with the weights that they came with, whatever is merged into them meanwhile, in another thread."""
         self.aside: dict[str, Any] = {}  # the own weights of layers whose adapter is merged (lorakit.serve.merging)
         self._known: dict[frozenset[str], str | None] = {}
         self._given = AsGiven(model)
         self.tried = Tried([path for path in self.modules if path])
-
-    def own(self) -> dict[str, Any]:
-        """The modules, those that are merged as they are without it."""
-        aside = dict(self.aside)
-        return self.modules | {path: _with_weight(self.modules[path], weight) for path, weight in aside.items()}
 
     def is_of(self, found: Stored) -> bool:
         """Whether a file says that it is of this base."""
@@ -62,9 +59,12 @@ class Base:
         return same_base(self._known[without], found.extra.get("base"))
 
 
-def _with_weight(leaf: Any, weight: Any) -> Any:
-    stand_in = copy.copy(leaf)
-    stand_in._parameters = leaf._parameters | {"weight": weight}
+def _as_given(module: nn.Module) -> nn.Module:
+    """A stand-in that keeps its parameters; the module itself where none can be merged into it (lorakit.serve.merging)."""
+    if type(module._parameters.get("weight")) is not nn.Parameter:
+        return module
+    stand_in = copy.copy(module)
+    stand_in._parameters = dict(module._parameters)
     return stand_in
 
 
@@ -88,10 +88,12 @@ def take(folder: Path, base: Base, *, check_base: bool, most: int) -> Taken:
     else:  # a head for other classes than the base's: all else must fit, and the base be the one it was trained on
         found.faults = [*found.faults, *(base_faults(found, model) if check_base else [])]
         _, draft = fit(found, skeleton(model, classes), check_base=False)
-    head = {} if classes is None else _head(draft, head_path(model) or "")
+    top = head_path(model)
+    head = {} if classes is None else _head(draft, top or "")
     task = found.config.get("task_type")
     labels = None if classes is None else _labels(found, model, classes)
-    return Taken(to_rows(draft, base.own(), head), _hash(found), task if isinstance(task, str) else None, labels)
+    rows = to_rows(draft, base.own, head, top)
+    return Taken(rows, _hash(found), task if isinstance(task, str) else None, labels)
 
 
 def _head(draft: Draft, path: str) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from lorakit.serve.limits import SamplingParams
 
 @dataclass(eq=False)
 class Work:
-    """One request. deadline: by time.monotonic(); ends: ids that end its answer; stopped: an end was told to its caller."""
+    """One request. deadline: by time.monotonic(); ends: ids that end its answer; given: how many tokens its caller has;
+    handed: whether the continuous batch has it."""
 
     id: str
     prompt: list[int]
@@ -24,6 +25,7 @@ class Work:
     deadline: float
     ends: frozenset[int]
     given: int = 0
+    handed: bool = False
     generator: torch.Generator | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import threading
 
 import httpx
 import pytest
@@ -150,6 +151,36 @@ def test_a_restart_finds_what_there_was(up, place):
         (one,) = again.admin().get("/v1/adapters").json()["data"]
         assert (one["hash"], one["pinned"], one["state"]) == (hash_of(place / "made" / "0"), True, "ready")
         assert next(iter(again.server.bank.resident())).pinned
+
+
+def test_the_event_loop_reads_no_registry(up, place, monkeypatch):
+    put(up, place, 0, "sql")
+    admin, registry, threads = up.admin(), up.server.registry, set()
+    for name in ("entries", "aliases", "resolve"):
+        real = getattr(registry, name)
+        monkeypatch.setattr(
+            registry, name, lambda *words, real=real: threads.add(threading.current_thread()) or real(*words)
+        )
+    assert admin.post("/v1/adapters", json={"name": "sql"}).status_code == 201
+    assert admin.put("/v1/aliases/prod", json={"target": "sql"}).json() == {"alias": "prod", "target": "sql"}
+    assert admin.get("/v1/aliases").json()["data"] == {"prod": "sql"}
+    assert len(admin.get("/v1/adapters/sql").json()["history"]) == 1
+    assert admin.get("/v1/adapters/nope").status_code == 404
+    assert ask(up, "sql").status_code == 200
+    assert threads
+    assert {one.name.rpartition("_")[0] for one in threads} <= {"asyncio", "lorakit-http"}
+
+
+def test_pin_and_unpin_of_a_name_out_of_service(up, place):
+    up.server.publish("sql", place / "made" / "0")
+    admin = up.admin()
+    admin.post("/v1/adapters/sql/unload")
+    for verb, pinned in (("pin", True), ("unpin", False), ("pin", True)):
+        answer = admin.post(f"/v1/adapters/sql/{verb}")
+        assert answer.status_code == 200, answer.text
+        assert (answer.json()["pinned"], answer.json()["state"]) == (pinned, "unloaded")
+    assert admin.post("/v1/adapters/sql/load").json()["pinned"] is True
+    assert next(iter(up.server.bank.resident())).pinned
 
 
 def test_unforeseen_faults_tell_nothing(up, monkeypatch, caplog):

@@ -2,7 +2,9 @@
 
 import asyncio
 import socket
+import threading
 import time
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import serve_app_kit as kit
@@ -12,7 +14,7 @@ from lorakit.cli import main
 from lorakit.errors import UsageError
 from lorakit.serve.guard import Access, Guard
 from lorakit.serve.keys import Keys, check_start, is_loopback, make_keys, read_keys
-from lorakit.serve.listen import ListenConfig, listen
+from lorakit.serve.listen import ListenConfig, listen, uvicorn_settings
 
 LIMIT = 10_000
 
@@ -178,6 +180,82 @@ def test_a_reader_that_does_not_read():
     asyncio.run(Guard(app, access, lambda *what: noted.append(what))(scope, receive, send))
     assert sent == ["ended"]
     assert noted[0][:2] == ("(none)", 200)
+
+
+@contextmanager
+def answering(app, **config):
+    """uvicorn, as the server runs it, with another app behind the guard."""
+    import uvicorn
+
+    guard = Guard(app, Access(make_keys([API_KEY]), send_seconds=0.3), lambda *_: None)
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn_settings(guard, ListenConfig(**config)))
+        thread = threading.Thread(target=lambda: server.run(sockets=[bound]))
+        thread.start()
+        try:
+            until(lambda: server.started)
+            yield server, bound.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def sends(parts, size):
+    """An app that answers with so many parts."""
+
+    async def app(scope, receive, send):
+        if scope["type"] == "lifespan":
+            while True:
+                message = await receive()
+                await send({"type": f"{message['type']}.complete"})
+                if message["type"].endswith("shutdown"):
+                    return
+        length = str(parts * size).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+        for left in reversed(range(parts)):
+            await send({"type": "http.response.body", "body": b"x" * size, "more_body": left > 0})
+
+    return app
+
+
+def asked(port, stack, **fields):
+    connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+    connection.sendall(head("/v1/x", method="GET", **fields))
+    return connection
+
+
+PARTS = {"a stream": (1000, 1 << 16), "one that is whole": (1, 64 << 20)}
+
+
+@pytest.mark.parametrize(
+    ("what", "then"), [("a stream", b""), ("one that is whole", b"GET /half"), ("one that is whole", None)]
+)
+def test_clients_that_do_not_read_are_let_go_of(what, then):
+    """Given up by the guard amid a stream; out of time for the next headers; told that the connection is to be closed."""
+    with ExitStack() as stack:
+        config = {"linger_seconds": 0.2, "header_seconds": 0.5, "connections": 8}
+        server, port = stack.enter_context(answering(sends(*PARTS[what]), **config))
+        idle = [asked(port, stack, **({"Connection": "close"} if then is None else {})) for _ in range(5)]
+        until(lambda: len(server.server_state.connections) == 5)
+        time.sleep(0.1)
+        for connection in idle:
+            connection.sendall(then or b"")
+        until(lambda: not server.server_state.connections)
+        last = asked(port, stack)
+        assert last.recv(12) == b"HTTP/1.1 200"
+
+
+def test_a_client_that_reads_slowly_gets_the_whole():
+    size = 24 << 20
+    with ExitStack() as stack:
+        _, port = stack.enter_context(answering(sends(1, size), linger_seconds=1.0))
+        connection, got, began = asked(port, stack, Connection="close"), 0, time.monotonic()
+        while part := connection.recv(1 << 18):
+            got += len(part)
+            time.sleep(0.03)
+        assert got > size
+        assert time.monotonic() - began > 2  # longer than one that does not read is given
 
 
 def test_without_keys_only_this_machine_and_no_admin(tmp_path):

@@ -18,6 +18,7 @@ from serve_app_kit import adapter_folder, hash_of
 from lorakit.errors import FileError, LorakitError, OutputError, UnknownAdapterError, UsageError
 from lorakit.serve.intake import AdapterBounds
 from lorakit.serve.registry import Registry
+from lorakit.serve.registry_state import KEPT_EVENTS, Entry
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,50 @@ def test_publish_roll_back_and_history(registry, made):
     assert (second.folder / "adapter_model.safetensors").read_bytes() == (
         made[1] / "adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_rolling_back_leads_to_what_the_publication_replaced(registry, made, tmp_path):
+    folders = [*made, adapter_folder(tmp_path / "3", seed=3)]
+    hashes = [hash_of(folder) for folder in folders]
+
+    def publish(number):
+        assert registry.publish("sql", folders[number]).hash == hashes[number]
+
+    def back(version=None):
+        return hashes.index(registry.roll_back("sql", version).hash)
+
+    for number in range(3):
+        publish(number)
+    assert back() == 1
+    publish(3)
+    registry.put_in_service("sql", False)
+    registry.put_in_service("sql", True)
+    registry = Registry(registry.folder)
+    assert back() == 1  # and not 2, which was rolled back from
+    assert back() == 0
+    with pytest.raises(UsageError, match="no version before"):
+        back()
+    assert back(hashes[3]) == 3
+    assert back() == 1  # what 3 replaced
+    publish(0)
+    publish(0)
+    assert [back(), back()] == [1, 0]
+    with pytest.raises(UsageError, match="no version before"):
+        back()
+
+
+def test_a_long_history_and_none_lead_back_too():
+    versions = tuple(f"{number:064x}" for number in range(300))
+    entry = Entry(versions[:1], versions[0]).after("publish")
+    for at in range(1, 300):
+        entry = entry.after("publish", versions=versions[: at + 1], current=versions[at])
+    assert len(entry.history) == KEPT_EVENTS
+    for at in range(298, -1, -1):
+        assert entry.before == versions[at]
+        entry = entry.after("roll back", current=versions[at])
+    assert entry.before is None
+    assert Entry(versions[:3], versions[2]).before == versions[1]
+    assert Entry(versions[:3], versions[0]).before is None
 
 
 def test_unload_load_pin_and_aliases(registry, made):
@@ -267,6 +312,7 @@ def test_threads_publish_side_by_side(registry, made):
 PUBLISHER = """
 import sys
 from lorakit.serve.registry import Registry
+from lorakit.serve.registry_state import KEPT_EVENTS, Entry
 registry = Registry(sys.argv[1])
 print("open", flush=True)
 turn = 0

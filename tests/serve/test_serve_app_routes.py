@@ -9,9 +9,13 @@ import httpx
 import openai
 import pytest
 import serve_app_kit as kit
+from pydantic import ValidationError
 from serve_app_kit import API_KEY, Listening, expected, grown, hash_of, idle, listening, until
 
+from lorakit.errors import ServeError
+from lorakit.serve.bank import Bank
 from lorakit.serve.limits import Limits, SamplingParams
+from lorakit.serve.openai import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest
 from lorakit.serve.server import ServerConfig
 
 PROMPTS = ["one two", "a red cat", "moon"]
@@ -155,6 +159,9 @@ GOOD = {"model": "sql", "prompt": "x", "max_tokens": 2}
         ("completions", {**GOOD, "n": 2}, 400, "invalid_body"),
         ("completions", {**GOOD, "logit_bias": {"1": 5}}, 400, "invalid_body"),
         ("completions", {**GOOD, "surprise": 1}, 400, "invalid_body"),
+        ("completions", {**GOOD, "logprobs": 0}, 400, "invalid_body"),
+        ("completions", {**GOOD, "n": True}, 400, "invalid_body"),
+        ("completions", {**GOOD, "model": None}, 400, "invalid_body"),
         ("completions", {**GOOD, "prompt": ""}, 400, "invalid_body"),
         ("completions", {**GOOD, "prompt": []}, 400, "invalid_body"),
         ("completions", {**GOOD, "prompt": [10**12]}, 400, "invalid_value"),
@@ -200,6 +207,110 @@ def test_malformed_bodies(up, content, kind, statuses):
         assert answer.status_code in statuses
         assert answer.json()["error"]["type"] == "invalid_request_error"
         assert client.post("/v1/completions", json=GOOD).status_code == 200
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_half_a_character_is_400(up, route):
+    half = "x\ud800y"
+    body = {"prompt": [half]} if route == "completions" else {"messages": [{"role": "user", "content": half}]}
+    content = json.dumps({"model": "sql", "max_tokens": 2, **body}).encode()  # escaped, as JSON allows
+    answer = up.client().post(f"/v1/{route}", content=content, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_input")
+    assert "lone surrogate" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["message"].isprintable()
+
+
+def test_what_clients_send_back_and_leave_null(up, place):
+    client = up.openai()
+    (text,) = answers(place, "fr", [CHAT])
+    first = client.chat.completions.create(model="fr", messages=CHAT, max_tokens=TOKENS).choices[0].message
+    history = [*CHAT, first.model_dump(), {"role": "user", "content": "more", "name": None}]
+    assert {"refusal", "annotations", "audio", "function_call", "tool_calls"} <= set(history[2])
+    plain = [*CHAT, {"role": "assistant", "content": text}, {"role": "user", "content": "more"}]
+    second = client.chat.completions.create(model="fr", messages=history, max_tokens=TOKENS).choices[0].message
+    assert second.content == answers(place, "fr", [plain])[0]
+    empty = ("service_tier", "top_k", "num_beams", "repetition_penalty", "ignore_eos", "tools", "seed", "stop", "store",
+             "stream_options", "prediction", "metadata", "max_completion_tokens")  # fmt: skip
+    body = {"model": "fr", "messages": CHAT, "max_tokens": TOKENS} | dict.fromkeys(empty)
+    answer = up.client().post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"] == text
+    for fields in ({"logprobs": False}, {"presence_penalty": 0, "n": 1}, {"frequency_penalty": 0.0, "echo": False}):
+        assert up.client().post("/v1/completions", json=GOOD | fields).status_code == 200, fields
+
+
+LONG = 50_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, {"prompt": [1, *[""] * LONG]}),
+        (CompletionRequest, {"prompt": ["", *[1] * LONG]}),
+        (CompletionRequest, {"prompt": [[1], *[""] * LONG]}),
+        (CompletionRequest, {"prompt": [[""] * LONG]}),
+        (CompletionRequest, {"prompt": "x", "stop": [1] * LONG}),
+        (CompletionRequest, {"prompt": "x", "metadata": {str(k): 1 for k in range(LONG)}}),
+        (CompletionRequest, {"prompt": "x", "stream_options": {str(k): 1 for k in range(LONG)}}),
+        (CompletionRequest, {"prompt": "x"} | {str(k): 1 for k in range(LONG)}),
+        (ChatRequest, {"messages": [1] * 1000}),
+        (ChatRequest, {"messages": [{}] * 1000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * LONG}]}),
+        (ChatRequest, {"messages": [{"role": "user", "content": ""} | {str(k): 1 for k in range(LONG)}]}),
+        (EmbeddingRequest, {"input": ["", *[1] * LONG]}),
+        (EmbeddingRequest, {"input": [1] * LONG}),
+        (ClassifyRequest, {"input": [1] * LONG}),
+        (ClassifyRequest, {"input": [[1] * LONG]}),
+        (ClassifyRequest, {"input": [["a", 1]] * LONG}),
+    ],
+)
+def test_a_long_body_has_few_errors(kind, body):
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({"model": "sql"} | body)
+    assert caught.value.error_count() <= 4
+
+
+def test_all_prompts_of_a_request_are_answered_by_one_version(place, tmp_path, monkeypatch):
+    first, second = (place / "adapters" / name for name in ("sql", "fr"))
+    with listening(str(place / "base"), tmp_path / "adapters") as up:
+        up.server.publish("x", first)
+        real = up.server.encode
+
+        def encode(prompt, index=0):
+            if index == 1:
+                up.server.publish("x", second)
+            return real(prompt, index)
+
+        monkeypatch.setattr(up.server, "encode", encode)
+        body = {"model": "x", "prompt": PROMPTS, "max_tokens": TOKENS}
+        answer = up.client().post("/v1/completions", json=body)
+        assert [one["text"] for one in answer.json()["choices"]] == answers(place, "sql")
+        assert answer.json()["adapter"] == hash_of(first) != up.server.registry.resolve("x").hash
+
+
+def test_what_cannot_be_loaded_now_is_503_and_then_200(place, tmp_path, monkeypatch):
+    real, faults = Bank.load, [OSError("the disk"), ServeError("no room")]
+
+    def load(self, *words, **fields):
+        if faults:
+            raise faults.pop()
+        return real(self, *words, **fields)
+
+    with listening(str(place / "base"), tmp_path / "adapters", config=ServerConfig(warm=False)) as up:
+        up.server.registry.publish("x", place / "adapters" / "sql")
+        monkeypatch.setattr(Bank, "load", load)
+        client, statuses = up.client(), []
+
+        def answered():
+            answer = client.post("/v1/completions", json={**GOOD, "model": "x"})
+            statuses.append(answer.status_code)
+            if answer.status_code == 503:
+                assert int(answer.headers["retry-after"]) >= 1
+            return answer.status_code == 200
+
+        until(answered)
+        assert not faults
+        assert set(statuses) == {503, 200}
 
 
 def _stream(up: Listening, tokens: int) -> httpx.Response:
@@ -265,8 +376,6 @@ def test_state_and_metrics(up):
 
 
 def test_loading_is_503_and_wrong_bases_are_refused(place, tmp_path, monkeypatch):
-    from lorakit.serve.bank import Bank
-
     folder, gate, real = tmp_path / "adapters", threading.Event(), Bank.load
     grown(str(place / "base"), folder / "slow", 5)
     kit.adapter_folder(folder / "foreign")  # of a base with another vocabulary's size, and other values

@@ -1,7 +1,9 @@
 """Classes and embeddings over HTTP and in process: each adapter with its own head, each text as it is alone."""
 
 import base64
+import json
 import struct
+import threading
 
 import adapting
 import openai
@@ -9,7 +11,7 @@ import pytest
 import runs
 import tiny
 import torch
-from serve_app_kit import hash_of, idle, listening, until
+from serve_app_kit import API_KEY, hash_of, idle, listening, until
 
 import lorakit as lk
 from lorakit.generate import classify
@@ -126,3 +128,80 @@ def test_pairs_and_many_texts_of_many_adapters(classes):
         names = ["five", "plain", None] * 8
         found = server.classify(["red dog"] * len(names), names)
     assert [len(one.scores) for one in found] == [5, 3, 3] * 8
+
+
+def test_one_answer_is_of_one_version(classes, tmp_path, monkeypatch):
+    config = ServerConfig(task="sequence-classification", limits=Limits(queue=8), warm=False)
+    with Server(str(classes / "base"), tmp_path / "own", config) as server:
+        server.publish("x", classes / "adapters" / "plain")
+        real, calls = server.engine.classify, []
+
+        def classify(rows, version):
+            calls.append(version.hash)
+            if len(calls) == 2:  # amid the pieces of a request
+                server.publish("x", classes / "adapters" / "five")
+            return real(rows, version)
+
+        monkeypatch.setattr(server.engine, "classify", classify)
+        found = server.classify(["red dog"] * 20, "x")
+        assert len(calls) == 5
+        assert {one.adapter for one in found} == {hash_of(classes / "adapters" / "plain")}
+        assert server.classify(["red dog"], "x")[0].adapter == hash_of(classes / "adapters" / "five")
+
+
+def test_a_version_that_goes_amid_a_request_has_it_answered_anew(classes, tmp_path, monkeypatch):
+    config = ServerConfig(task="sequence-classification", limits=Limits(queue=8), warm=False)
+    with Server(str(classes / "base"), tmp_path / "own", config) as server:
+        server.publish("x", classes / "adapters" / "plain")
+        real, calls = server.engine.classify, []
+
+        def classify(rows, version):
+            calls.append(version.hash)
+            if len(calls) == 2:
+                server.publish("x", classes / "adapters" / "five")
+                server.bank.unload(version)
+            return real(rows, version)
+
+        monkeypatch.setattr(server.engine, "classify", classify)
+        found = server.classify(["red dog"] * 20, "x")
+        assert {one.adapter for one in found} == {hash_of(classes / "adapters" / "five")}
+        assert {one.name: one.served for one in server.adapters()} == {"x": 20}
+
+
+def test_a_client_that_leaves_has_no_more_texts_begun(up, monkeypatch):
+    real, calls, gate = up.server.engine.classify, [], threading.Event()
+
+    def classify(rows, version):
+        calls.append(len(rows))
+        gate.wait(30)
+        return real(rows, version)
+
+    monkeypatch.setattr(up.server.engine, "classify", classify)
+    body = json.dumps({"model": "plain", "input": ["red dog"] * 400}).encode()
+    head = f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_KEY}\r\nContent-Type: application/json\r\n"
+    connection = up.connect()
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    until(lambda: calls)
+    connection.close()
+    text = 'lorakit_http_total{route="/v1/classify",status="499"}'
+    until(lambda: text in up.client().get("/metrics").text)
+    gate.set()
+    until(lambda: idle(up.server))
+    answer = up.client().post("/v1/classify", json={"model": "plain", "input": "red dog"})
+    assert answer.status_code == 200
+    assert calls == [4, 1]
+
+
+def test_half_a_character_is_no_text(up):
+    for inputs in ("\ud800", ["fine", "a\udfffb"], [["fine", "\ud800"]]):
+        content = json.dumps({"model": "plain", "input": inputs}).encode()
+        answer = up.client().post("/v1/classify", content=content, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_input")
+        assert "lone surrogate" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("ids", [[1, 2], [[1, 2], [3]]])
+def test_ids_for_embeddings_are_told_to_be_sent_as_text(up, ids):
+    answer = up.client().post("/v1/embeddings", json={"model": "plain", "input": ids})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input")
+    assert "send the texts" in answer.json()["error"]["message"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import tiny
 from serve_kit import BASES, saved, tokenizer
 
 import lorakit as lk
-from lorakit.errors import FileError, ServeError
+from lorakit.errors import AdapterLoadingError, DataError, FileError, LorakitError, ServeError, UsageError
 from lorakit.serve.bank import Bank
 from lorakit.serve.classify import RowsThread
 from lorakit.serve.engine import Engine
@@ -24,7 +26,8 @@ from lorakit.serve.follow import TextStream, new_tokens
 from lorakit.serve.handle import Handle
 from lorakit.serve.limits import Limits, SamplingParams
 from lorakit.serve.listen import ListenConfig, uvicorn_settings
-from lorakit.serve.registry import Registry
+from lorakit.serve.registry import Registry, Release
+from lorakit.serve.residents import Residents
 from lorakit.serve.server import Server, ServerConfig
 from lorakit.serve.work import Work, conclude
 
@@ -122,8 +125,7 @@ def test_a_request_that_cannot_be_handed_on_holds_nothing(tmp_path: Path, monkey
             bank._let_go(bank._entries[version.id])  # now it is read in the loader's thread first
         with pytest.raises(ServeError, match="full"):
             engine.generate(PROMPT, version, free()).result(20)
-        assert users(bank) == [0]
-        assert not engine.works
+        app_kit.until(lambda: users(bank) == [0] and not engine.works)  # the loader's thread tells of the fault first
 
 
 def test_closing_does_not_wait_for_room(tmp_path: Path) -> None:
@@ -266,3 +268,220 @@ def test_a_stream_hears_every_token_from_another_thread() -> None:
         return await asyncio.wait_for(read(), 20)
 
     assert asyncio.run(bounded()) == list(range(5000))
+
+
+def release(folder: Path) -> Release:
+    return Release(folder.name, app_kit.hash_of(folder), folder)
+
+
+@pytest.mark.parametrize("fault", [ServeError("no room"), OSError("the disk"), MemoryError(), RuntimeError("no idea")])
+def test_what_may_pass_is_tried_again(fault: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = release(saved("llama", tmp_path / "a"))
+    with Bank(BASES["llama"]()) as bank:
+        residents = Residents(bank)
+        with monkeypatch.context() as patch:
+            patch.setattr(bank, "load", _raises(fault))
+            for _ in range(2):
+                with pytest.raises(AdapterLoadingError) as caught:
+                    residents.wait(one)
+                assert caught.value.retry_after > 0
+                assert (residents.presence(one.hash), residents.reason(one.hash)) == ("absent", None)
+            with pytest.raises(AdapterLoadingError):
+                residents.get(one)
+            app_kit.until(lambda: residents.presence(one.hash) == "absent")
+        assert residents.wait(one).hash == one.hash
+        residents.close()
+
+
+@pytest.mark.parametrize("fault", [FileError("bad", ["one", "two"]), UsageError("a rank of 10,000")])
+def test_a_refusal_stays_and_each_caller_has_an_error_of_its_own(
+    fault: LorakitError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = release(saved("llama", tmp_path / "a"))
+    with Bank(BASES["llama"]()) as bank:
+        residents, loads = Residents(bank), []
+        monkeypatch.setattr(bank, "load", lambda *_, **fields: loads.append(1) or _raises(fault)())
+        found = []
+        for call in [residents.wait] * 3 + [residents.get] * 20:
+            with pytest.raises(type(fault)) as caught:
+                call(one)
+            found.append(caught.value)
+        assert len(loads) == 1
+        assert len({id(error) for error in found}) == len(found)
+        assert {str(error) for error in found} == {str(fault)} == {residents.reason(one.hash)}
+        assert {len(_frames(error)) for error in found[3:]} == {len(_frames(found[3]))}
+        kept = residents._loads[one.hash].exception()
+        assert kept is not None
+        assert {"_load", "run"} >= set(_frames(kept))  # neither a request's frames, nor the load's with its tensors
+        assert kept.__context__ is None
+        residents.close()
+
+
+def _frames(error: BaseException) -> list[str]:
+    found, at = [], error.__traceback__
+    while at is not None:
+        found.append(at.tb_frame.f_code.co_name)
+        at = at.tb_next
+    return found
+
+
+def _raises(fault: Exception) -> Any:
+    def load(*_: Any, **fields: Any) -> Any:
+        raise fault
+
+    return load
+
+
+def test_versions_that_go_while_they_are_looked_at(tmp_path: Path) -> None:
+    with Bank(BASES["llama"]()) as bank:
+        residents = Residents(bank)
+        done = residents._workers.submit(lambda: None)
+        done.result(20)
+        refused = residents._workers.submit(_raises(FileError("bad")))
+        assert refused.exception(20)
+
+        class Going(dict[str, Any]):
+            """Gives what is asked for once: another thread takes it away behind that."""
+
+            def get(self, key: str, default: Any = None) -> Any:
+                return self.pop(key, default)
+
+        residents._loads = Going(ready=done, refused=refused)
+        assert residents.reason("refused") == "bad"
+        assert residents.found("ready") is None
+        assert residents.presence("ready") == "absent"
+        residents.close()
+
+
+def _pinned_registry(tmp_path: Path) -> tuple[str, int]:
+    """A base, and a registry of three adapters of one size, two of them pinned."""
+    base = app_kit.save_base(tmp_path / "base")
+    with Server(base, tmp_path / "registry", ServerConfig(warm=False)) as server:
+        for k, name in enumerate("abc"):
+            server.publish(name, app_kit.grown(base, tmp_path / name, k))
+        server.pin("a")
+        server.pin("b")
+        return base, next(info.bytes for info in server.adapters() if info.bytes)
+
+
+def test_pins_that_do_not_fit_leave_the_server_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, size = _pinned_registry(tmp_path)
+    waits: list[tuple[str, float]] = []
+    load, acquire = Bank.load, Bank.acquire
+
+    def loaded(self: Bank, folder: Path, name: str, *, patience: float) -> Any:
+        waits.append((name, patience))
+        return load(self, folder, name, patience=min(patience, 0.1))
+
+    def acquired(self: Bank, version: Any, *, patience: float = 60.0) -> None:
+        waits.append((f"pin {version.name}", patience))
+        acquire(self, version, patience=patience)
+
+    monkeypatch.setattr("lorakit.serve.shelf.PIN_SECONDS", 0.1)
+    monkeypatch.setattr(Bank, "load", loaded)
+    monkeypatch.setattr(Bank, "acquire", acquired)
+    with Server(base, tmp_path / "registry", ServerConfig(memory=int(size * 1.5))) as server:
+        app_kit.until(lambda: server.warmed)
+        assert [info.state for info in server.adapters()] == ["ready", "absent", "absent"]
+        at = waits.index(("b", 0.1))
+        assert waits[:2] == [("a", 0.1), ("pin a", 0.1)]
+        assert waits[at:] == [("b", 0.1), ("c", 0.0)]  # no wait where many do not fit
+        assert server.generate(["x"], "a", free())[0].adapter == app_kit.hash_of(tmp_path / "a")
+        with pytest.raises(AdapterLoadingError, match="do not fit"):
+            server.generate(["x"], "b", free())
+        server.pin("a", False)
+        assert server.generate(["x"], "b", free())[0].adapter == app_kit.hash_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize("what", ["load", "pin"])
+def test_a_fault_that_nobody_foresaw_leaves_the_server_ready(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, _ = _pinned_registry(tmp_path)
+    real = getattr(Bank, what)
+
+    def broken(self: Bank, *words: Any, **fields: Any) -> Any:
+        if "a" in (words[-1], getattr(words[0], "name", None)):
+            raise RuntimeError("a bug")
+        return real(self, *words, **fields)
+
+    monkeypatch.setattr(Bank, what, broken)
+    with Server(base, tmp_path / "registry") as server:
+        app_kit.until(lambda: server.warmed)
+        states = {info.name: info.state for info in server.adapters()}
+        assert states == {"a": "absent" if what == "load" else "ready", "b": "ready", "c": "ready"}
+        assert {one.version.name for one in server.bank.resident() if one.pinned} == {"b"}
+    assert any("adapter a was not made ready" in record.getMessage() for record in caplog.records)
+
+
+def test_closing_does_not_wait_for_the_pins_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, size = _pinned_registry(tmp_path)
+    load, room, waits = Bank.load, Bank._room, threading.Event()
+
+    def looked(self: Bank, wanted: int) -> bool:
+        if not (found := room(self, wanted)):
+            waits.set()
+        return found
+
+    monkeypatch.setattr("lorakit.serve.shelf.PIN_SECONDS", 600.0)
+    monkeypatch.setattr(Bank, "load", lambda self, *words, **fields: load(self, *words, patience=600.0))
+    monkeypatch.setattr(Bank, "_room", looked)
+    server = Server(base, tmp_path / "registry", ServerConfig(memory=int(size * 1.5)))
+    assert waits.wait(30)
+    began = time.monotonic()
+    server.close()
+    assert time.monotonic() - began < 30
+
+
+def test_pinning_a_name_out_of_service_counts_when_it_is_back(tmp_path: Path) -> None:
+    base = app_kit.save_base(tmp_path / "base")
+    with Server(base, tmp_path / "registry", ServerConfig(warm=False)) as server:
+        server.publish("sql", app_kit.grown(base, tmp_path / "a", 0))
+        server.unload("sql")
+        server.pin("sql")
+        assert [(info.state, info.pinned) for info in server.adapters()] == [("unloaded", True)]
+        server.load("sql")
+        assert [one.pinned for one in server.bank.resident()] == [True]
+        server.unload("sql")
+        server.pin("sql", False)
+        server.load("sql")
+        assert [one.pinned for one in server.bank.resident()] == [False]
+        assert not server.registry.entries()["sql"].pinned
+
+
+def test_a_pin_that_cannot_be_held_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = app_kit.save_base(tmp_path / "base")
+    with Server(base, tmp_path / "registry", ServerConfig(warm=False)) as server:
+        server.publish("sql", app_kit.grown(base, tmp_path / "a", 0))
+        monkeypatch.setattr(server.bank, "pin", _raises(ServeError("no room")))
+        with pytest.raises(ServeError, match="no room"):
+            server.pin("sql")
+        assert not server.registry.entries()["sql"].pinned
+
+
+def test_the_bases_name_is_no_adapters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = app_kit.save_base(tmp_path / "mine")
+    folder = tmp_path / "registry"
+    for k, name in enumerate(("mine", "sql")):
+        app_kit.grown(base, folder / name, k)
+    with Server(base, folder) as server:
+        assert list(server.registry.entries()) == ["sql"]
+        assert "base's own name" in server.registry.refused["mine"]
+        assert any("'mine' was not taken in" in record.getMessage() for record in caplog.records)
+    shutil.rmtree(folder / "mine")
+    Registry(folder).publish("mine", app_kit.grown(base, tmp_path / "x", 2))  # for a base of another name, say
+    with Server(base, folder) as server:
+        app_kit.until(lambda: server.warmed)
+        assert "mine" in server.registry.refused
+        assert {info.name: info.state for info in server.adapters()} == {"mine": "refused", "sql": "ready"}
+        assert [name for name, _, _ in server.in_service()] == ["sql"]
+        assert server.generate(["x"], "mine", free())[0].adapter is None
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a \ud800 b", [{"role": "user", "content": "\udfff"}], [{"role": "\ud800", "content": "x"}]]
+)
+def test_half_a_character_is_no_text(prompt: Any, tmp_path: Path) -> None:
+    base = app_kit.save_base(tmp_path / "base")
+    with Server(base, tmp_path / "registry") as server, pytest.raises(DataError, match="lone surrogate"):
+        server.generate(["fine", prompt])
