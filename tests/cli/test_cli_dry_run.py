@@ -85,6 +85,7 @@ def test_words(lorakit, texts):
         "examples",
         "tokens",
         "with loss",
+        "learning rate",
         "steps",
         "time",
     ]
