@@ -335,3 +335,14 @@ def test_decoders_of_other_kinds(family: str, method: Any) -> None:
     expected = model(after(WORDS, x)).logits[:, P:]
     lk.attach(model, method)
     torch.testing.assert_close(model(x).logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("encoder", ["lstm", "mlp"])
+def test_p_tuning_under_autocast(encoder: str) -> None:
+    """torch has no LSTM in bfloat16 on every CPU: the prompt's encoder keeps its own type."""
+    model = tiny.llama()
+    lk.attach(model, PTuning(2, encoder=encoder))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**tiny.batch(model)).logits.float().square().mean()
+    loss.backward()
+    assert all(one.grad is not None and one.grad.isfinite().all() for one in lk.parameters(model, "default"))
