@@ -1,9 +1,9 @@
 """The peak learning rate of a recipe that names none: the method's own, for a base 2,048 wide, more for narrower ones.
 
-A rule of thumb between what is published and what was found here. With LoRA: 5e-4 for RoBERTa base (768 wide), 2e-4 to 4e-4 for
-RoBERTa large (1,024), but 1e-4 for DeBERTa XXL (1,536) and 2e-4 for GPT-2 medium (1,024) (Hu et al. 2021, tables 9 to 11); 1e-4 to 2e-4
-for models of 7B (4,096). The searches of docs/benchmarks.md, on bases of 384 and 576, chose 2.5 times the method's own in runs of
-several epochs, 2 to 50 times in runs of 30 to 126 steps.
+A rule of thumb between what is published and what was found here. With LoRA: 5e-4 for RoBERTa base (768 wide), 2e-4 to 4e-4
+for RoBERTa large (1,024), but 1e-4 for DeBERTa XXL (1,536) and 2e-4 for GPT-2 medium (1,024) (Hu et al. 2021, tables 9 to 11);
+1e-4 to 2e-4 for models of 7B (4,096). The searches of docs/benchmarks.md, on bases of 384 and 576, chose 2.5 times the method's
+own in runs of several epochs, 2 to 50 times in runs of 30 to 126 steps.
 """
 
 from dataclasses import replace
