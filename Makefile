@@ -1,6 +1,7 @@
 # make demo · make test · make test-long · make check · make bench: each sets up what it needs in .venv
 
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -10,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/lorakit demo --out runs/demo --overwrite
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadfile
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long --durations=10

@@ -80,7 +80,7 @@ def take(folder: Path, base: Base, *, check_base: bool, most: int) -> Taken:
             f"the adapter in {folder} is refused:", [f"{TENSORS} has {size:,} bytes, and {most:,} are allowed"]
         )
     base.tried.check(folder)
-    model, found = base.model, read(folder)
+    model, found = base.model, read(folder, wait=False)  # `fit` waits for the hash
     check_base = check_base and not base.is_of(found)  # else to say in which way it is another's
     classes = classes_of(model, found.parsed.plain) if isinstance(found, AdapterFile) else None
     if classes is None or classes == model.config.num_labels:

@@ -4,7 +4,7 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lorakit.store.peft_config import DEFAULTS, SETS
 
 # What may differ between two copies of one adapter: who wrote it, where its base was found, how it is to be opened.
 NOT_IDENTITY = {"peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "task_type"}
+LUMP = 8 << 20  # bytes that are hashed in one go
 SAMPLES = 8  # values read of each parameter
 ROUNDING = 2.0**-6  # how far a copy in half precision may stray from a value, relative to it (and 1e-6)
 WIDENED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # types that torch.cat joins without loss
@@ -37,11 +38,38 @@ def content_hash(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], defaults: Mapping[str, Any] = DEFAULTS
 ) -> str:
     """ "sha256:..." of an adapter's canonical configuration and its tensors' names, types, shapes and bytes."""
-    digest = hashlib.sha256(json.dumps(canonical(config, defaults), sort_keys=True).encode())
+    return digest_of(content_of(config, tensors, defaults))
+
+
+def content_of(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], defaults: Mapping[str, Any] = DEFAULTS
+) -> list[bytes | memoryview]:
+    """What `content_hash` is the hash of, in pieces; the tensors' bytes are views of them."""
+    pieces: list[bytes | memoryview] = [json.dumps(canonical(config, defaults), sort_keys=True).encode()]
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        pieces.append(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        pieces.append(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return pieces
+
+
+def digest_of(pieces: Iterable[bytes | memoryview]) -> str:
+    """ "sha256:..." of the pieces, one behind the other.
+
+    Small ones are joined: each update gives the interpreter's lock up and waits for it, and in a thread beside a busy one
+    that takes longer than the hashing.
+    """
+    digest, waiting, size = hashlib.sha256(), list[bytes | memoryview](), 0
+    for piece in pieces:
+        if size + len(piece) > LUMP:
+            digest.update(b"".join(waiting))
+            waiting, size = [], 0
+        if len(piece) > LUMP:
+            digest.update(piece)
+        else:
+            waiting.append(piece)
+            size += len(piece)
+    digest.update(b"".join(waiting))
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -60,17 +88,17 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str | None:
     names: list[str] = []
     samples: list[Tensor] = []
     for name, parameter in own:
-        if parameter.device.type == "meta":
+        if parameter.is_meta:
             return None
-        shape = dense_shape(parameter)
-        names.append(f"{name}|{tuple(shape)}|")
+        shape = parameter.shape
         if is_quantized(parameter):
+            shape = dense_shape(parameter)
             samples.append(torch.full((min(SAMPLES, shape.numel()),), torch.nan))
-            continue
-        sample = _sample(parameter.data)
-        samples.append(sample if sample.dtype in WIDENED else sample.to(torch.bfloat16))
+        else:
+            samples.append(_sample(parameter.data))
+        names.append(f"{name}|{(*shape,)}|")
     digest = hashlib.sha256("".join(names).encode())
-    values = torch.cat([sample.cpu() for sample in samples]).to(torch.bfloat16) if samples else torch.empty(0)
+    values = torch.cat([_joinable(sample) for sample in samples]).to(torch.bfloat16) if samples else torch.empty(0)
     encoded = base64.b64encode(values.view(torch.int16).numpy().tobytes()) if samples else b""
     return f"base:{digest.hexdigest()[:32]}:{encoded.decode()}"
 
@@ -101,6 +129,12 @@ def short(fingerprint_: object) -> str:
 def _values(encoded: str) -> Tensor:
     raw = bytearray(base64.b64decode(encoded, validate=True))
     return torch.frombuffer(raw, dtype=torch.int16).view(torch.bfloat16).double() if raw else torch.empty(0)
+
+
+def _joinable(sample: Tensor) -> Tensor:
+    """The sample as torch.cat can join it with others."""
+    sample = sample.cpu() if sample.device.type != "cpu" else sample
+    return sample if sample.dtype in WIDENED else sample.to(torch.bfloat16)
 
 
 def _sample(tensor: Tensor) -> Tensor:

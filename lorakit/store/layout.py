@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.attach.host import Record
 from lorakit.attach.method import Draft, Method
 from lorakit.store.header import read_tensors
-from lorakit.store.identity import content_hash, fingerprint, same_base, short
+from lorakit.store.identity import content_hash, content_of, digest_of, fingerprint, same_base, short
 
 TENSORS = "adapter_model.safetensors"
 EXTRA = "lorakit.json"
@@ -124,17 +124,31 @@ def read_tensors_of(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def hash_faults_beside(found: Stored) -> Callable[[], list[str]]:
-    """Begin `hash_faults` in a thread of its own (hashing holds no lock of the interpreter's); the call waits for it."""
+    """Begin `hash_faults` in a thread of its own (hashing holds no lock of the interpreter's); the call waits for it.
+
+    found: of a layout whose identity is its configuration's and tensors'.
+    """
+    if not _names_hash(found):
+        return list
+    content = content_of(found.config, found.tensors)
     pool = ThreadPoolExecutor(1)
-    found_later = pool.submit(hash_faults, found)
+    later = pool.submit(digest_of, content)
     pool.shutdown(wait=False)
-    return found_later.result
+    return lambda: _hash_faults(found, later.result())
 
 
 def hash_faults(found: Stored) -> list[str]:
     """A fault where lorakit.json names another hash than the content's."""
-    expected = found.extra.get("adapter")
-    if not expected or not found.config or found.identity() == expected:
+    return _hash_faults(found, found.identity()) if _names_hash(found) else []
+
+
+def _names_hash(found: Stored) -> bool:
+    return bool(found.extra.get("adapter") and found.config)
+
+
+def _hash_faults(found: Stored, came: str) -> list[str]:
+    expected = found.extra["adapter"]
+    if came == expected:
         return []
     return [
         f"{EXTRA} names the hash {expected}, which this content does not have: files of two adapters (a save cut off "

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.adapted import plain
-from lorakit.attach.anatomy import walk
 from lorakit.attach.kinds import ConvKind, EmbeddingKind, LeafKind, low_rank_kind
 from lorakit.attach.method import Draft, Pair
 from lorakit.errors import LorakitError
@@ -174,14 +173,15 @@ def _grouped(a: Tensor, leaf: Any) -> Tensor:
     return own.reshape(a.shape[0], width, *a.shape[2:])
 
 
-def to_draft(parsed: Parsed, method: LoRA, model: nn.Module) -> tuple[Draft, list[str]]:
+def to_draft(
+    parsed: Parsed, method: LoRA, model: nn.Module, modules: Mapping[str, nn.Module]
+) -> tuple[Draft, list[str]]:
     """(draft, faults): the tensors as pairs and replaced parameters of a model, whose shapes and names they must fit.
 
-    Faults that `parse` and the configuration told already are not told again.
+    modules: the model's, by path. Faults that `parse` and the configuration told already are not told again.
     """
-    modules = dict(walk(model))
     draft, faults = Draft(), list[str]()
-    raw, taken = raw_draft(parsed.pairs, method, model, faults)
+    raw, taken = raw_draft(parsed.pairs, method, model, modules, faults)
     draft.raw = raw
     starter = Starter(None, None, method)
     for path, halves in parsed.pairs.items():

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lorakit.attach.adapted import plain
-from lorakit.attach.anatomy import walk
 from lorakit.attach.kinds import is_attention
 from lorakit.attach.method import Draft, Pair
 from lorakit.errors import TargetError
@@ -48,12 +47,19 @@ def _keys(path: str, names: list[str], of_attention: bool) -> dict[str, str]:
 
 
 def raw_draft(
-    pairs: Mapping[str, Mapping[int, Tensor]], method: LoRA, model: nn.Module, faults: list[str]
+    pairs: Mapping[str, Mapping[int, Tensor]],
+    method: LoRA,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    faults: list[str],
 ) -> tuple[Raw, set[str]]:
-    """(module path -> parameter -> pair, the keys in the file that these took) of a file's pairs. Adds to `faults`."""
+    """(module path -> parameter -> pair, the keys in the file that these took) of a file's pairs. Adds to `faults`.
+
+    modules: the model's, by path.
+    """
     raw: Raw = {}
     taken: set[str] = set()
-    for key, (path, name) in _expected(pairs, method, model, faults).items():
+    for key, (path, name) in _expected(pairs, method, model, modules, faults).items():
         halves = pairs.get(key, {})
         taken.add(key)
         if len(halves) < 2:
@@ -69,7 +75,11 @@ def raw_draft(
 
 
 def _expected(
-    pairs: Mapping[str, object], method: LoRA, model: nn.Module, faults: list[str]
+    pairs: Mapping[str, object],
+    method: LoRA,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    faults: list[str],
 ) -> dict[str, tuple[str, str]]:
     """Key in the file -> (module path, parameter name)."""
     found: dict[str, tuple[str, str]] = {}
@@ -81,8 +91,9 @@ def _expected(
         faults.append(str(error))
     for path, names in groups.items():
         found |= {key: (path, name) for key, name in _keys(path, names, False).items()}
-    for path, module in walk(model):
-        if path in pairs and is_attention(plain(type(module))):
+    for path in pairs:
+        module = modules.get(path)
+        if module is not None and is_attention(plain(type(module))):
             found[path] = (path, IN)
             found[f"{path}{DEEPER}.{OUT}"] = (f"{path}.{OUT}", "weight")
     return found

@@ -113,7 +113,7 @@ def _beside_faults(parsed: Parsed, method: LoRA) -> list[str]:
 def on_model(found: AdapterFile, method: LoRA, model: nn.Module) -> tuple[LoRA, Draft, list[str]]:
     modules = dict(walk(model))
     method = _for_model(method, found.parsed, modules)
-    draft, faults = to_draft(found.parsed, method, model)
+    draft, faults = to_draft(found.parsed, method, model, modules)
     try:
         targets = method.targets(model)
     except TargetError as error:

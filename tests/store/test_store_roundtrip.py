@@ -1,5 +1,6 @@
 """save -> load is exact; an adapter's identity and its base's fingerprint change when, and only when, they should."""
 
+import hashlib
 import json
 
 import pytest
@@ -116,6 +117,18 @@ def test_the_hash_ignores_who_wrote_it_and_where_and_what_is_default_anyway():
     assert content_hash(least, tensors) == reference
     for change in ({"r": 8}, {"lora_alpha": 9}, {"target_modules": ["q"]}, {"use_rslora": True}, {"bias": "all"}):
         assert content_hash(config | change, tensors) != reference, change
+
+
+@pytest.mark.parametrize("lump", [1, 100, 8 << 20])
+def test_the_hash_is_of_the_pieces_one_behind_the_other_whatever_is_hashed_in_one_go(monkeypatch, lump):
+    monkeypatch.setattr("lorakit.store.identity.LUMP", lump)
+    tensors = {"b": torch.arange(60.0).view(6, 10), "a": torch.arange(3, dtype=torch.int8), "c": torch.empty(0, 2)}
+    said = {"r": 3, "target_modules": ["q", "v"]}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name in "abc":
+        one = tensors[name]
+        digest.update(f"{name}|{one.dtype}|{tuple(one.shape)}|".encode() + one.numpy().tobytes())
+    assert content_hash(said, tensors) == f"sha256:{digest.hexdigest()}"
 
 
 def test_the_hash_in_lorakit_json_is_the_contents_and_another_adapters_is_refused(tmp_path):

@@ -7,10 +7,11 @@ import struct
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from store_kit import EXTRA, PAIR, PREFIX, TENSORS, edit_tensors, good, header_of, refused, write_header
 
 import lorakit as lk
+from lorakit.store import header as reader
 
 
 @pytest.fixture
@@ -136,6 +137,7 @@ def drop(field):
         (entry(shape=[10**9]), "takes 4000000000"),
         (entry(shape=[10**9, 10**9, 10**9]), "takes"),
         (entry(shape=[2**32, 2**32]), "takes"),
+        (entry(shape=[2**61, 2**61, 0], data_offsets=[0, 0]), "beyond all memory"),
         (entry(dtype="F128"), "unknown type F128"),
         (entry(dtype=["F32"]), "unknown type"),
         (entry(dtype=None), "unknown type"),
@@ -147,7 +149,7 @@ def drop(field):
         (lambda header: header.update({"__metadata__": [1]}), "__metadata__"),
         (lambda header: header.update({"__metadata__": {"a": 1}}), "__metadata__"),
     ],
-    ids=range(25),
+    ids=range(26),
 )
 def test_a_header_that_lies(folder, change, fault):
     header, data = header_of(folder)
@@ -305,3 +307,24 @@ def test_a_folder_in_place_of_a_file(folder):
     (folder / TENSORS).unlink()
     (folder / TENSORS).mkdir()
     refused(folder, "adapter_model.safetensors: not there")
+
+
+def test_every_type_is_read_as_safetensors_reads_it(tmp_path):
+    """Empty tensors and scalars too, and a header whose length is no multiple of what a type is wide."""
+    kinds = {str(kind).removeprefix("torch."): kind for kind in reader.TYPES.values()}
+    whole = {name: torch.arange(-3, 9).to(kind).view(3, 4) for name, kind in kinds.items()}
+    whole |= {"empty": torch.empty(0, 5), "scalar": torch.tensor(2.5), "bytes": torch.arange(3, dtype=torch.uint8)}
+    save_file(whole, tmp_path / "all.safetensors")
+    expected = load((tmp_path / "all.safetensors").read_bytes())
+    raw = (tmp_path / "all.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    odd = struct.pack("<Q", length + 3) + raw[8 : 8 + length] + b"   " + raw[8 + length :]
+    for content in (raw, odd):
+        (tmp_path / "all.safetensors").write_bytes(content)
+        came, faults = reader.read_tensors(tmp_path / "all.safetensors")
+        assert faults == []
+        assert list(came) == sorted(expected)
+        for name, tensor in expected.items():
+            assert came[name].dtype == tensor.dtype
+            assert came[name].shape == tensor.shape
+            assert torch.equal(came[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
