@@ -45,6 +45,10 @@ class AdapterError(LorakitError):
     """An unknown or taken adapter name, a change while merged, a switch at the wrong time."""
 
 
+class Passing(str):
+    """A fault of the system that reads a file (no more descriptors, a disk that does not answer), which may soon be over."""
+
+
 class FileError(LorakitError):
     """An adapter's files are missing, damaged, foreign or malicious. `faults` lists every one found."""
 
@@ -52,6 +56,11 @@ class FileError(LorakitError):
         self.faults = list(faults)
         lines = "".join(f"\n  - {fault}" for fault in self.faults)
         super().__init__(message + lines)
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same files may be sound when they are read again."""
+        return any(isinstance(fault, Passing) for fault in self.faults)
 
 
 class ModelError(LorakitError):
@@ -87,6 +96,10 @@ class OutputError(LorakitError):
 
 class ServeError(LorakitError):
     """A request that a serving engine does not take, or cannot finish."""
+
+
+class NotFiniteError(ServeError):
+    """The model's output for a request holds NaN or infinity."""
 
 
 class UnknownAdapterError(ServeError):

@@ -1,8 +1,7 @@
 """`compare`: every method on one model and data set, into one table and one picture."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from lorakit.compare.plan import Plan, load_plan
 from lorakit.compare.result import Comparison
 from lorakit.compare.study import Study
 from lorakit.compare.table import to_csv
-from lorakit.errors import OutputError
 from lorakit.report import write_report
 from lorakit.run.device import best_device
 from lorakit.run.folder import finite
+from lorakit.run.hold import held
 from lorakit.run.listen import Listener
 from lorakit.store.files import write_bytes, write_json, write_text
 
@@ -43,7 +42,7 @@ def compare(
     """
     plan = load_plan(recipe, overrides)
     folder = Path(plan.recipe.output).expanduser()
-    with _alone(folder):
+    with held(folder, "comparison"):
         return _compare(plan, folder, listener or Listener(), retry_failed)
 
 
@@ -102,26 +101,3 @@ def _plain(plan: Plan) -> Any:
     from dataclasses import asdict
 
     return json.loads(json.dumps(asdict(plan.config)))
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder: two comparisons in one would make each other's runs."""
-    from filelock import FileLock, Timeout
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise OutputError(
-            f"another comparison is at work in {folder}. Let it end, or choose another output."
-        ) from error
-    except OSError as error:
-        raise OutputError(
-            f"{folder} cannot be written to: {error.strerror or error}. Choose another output."
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()

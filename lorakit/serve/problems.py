@@ -10,6 +10,7 @@ from lorakit.errors import (
     DataError,
     FileError,
     LorakitError,
+    NotFiniteError,
     OutputError,
     QueueFullError,
     ServeError,
@@ -47,6 +48,7 @@ KINDS: tuple[tuple[type[LorakitError], int, str], ...] = (
     (TooLongError, 400, "context_length_exceeded"),
     (TimedOutError, 504, "timed_out"),
     (WrongKindError, 400, "wrong_kind"),
+    (NotFiniteError, 500, "not_finite"),
     (ServeError, 500, "engine_failed"),
     (FileError, 400, "adapter_refused"),
     (DataError, 400, "invalid_input"),
@@ -62,7 +64,8 @@ def problem_of(error: LorakitError, *, admin: bool = False) -> Problem:
         return Problem(
             404, code, "this adapter was refused when it was loaded: its files do not fit this base.", "model"
         )
-    message = str(error) if admin or status < 500 or status in (503, 504) else "the request failed in the engine."
+    told = admin or status < 500 or status in (503, 504) or isinstance(error, NotFiniteError)
+    message = str(error) if told else "the request failed in the engine."
     headers = {}
     if isinstance(error, AdapterLoadingError | QueueFullError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))

@@ -5,7 +5,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from lorakit.errors import (
     AdapterError,
@@ -22,7 +22,8 @@ from lorakit.serve.registry import Release
 log = logging.getLogger("lorakit.serve")
 Presence = Literal["absent", "loading", "ready", "refused"]
 LASTING = (FileError, UsageError, AdapterError, WrongKindError)
-"""What tells of the adapter itself, and will be so again. All else (no room, a disk that fails) may be over in a moment."""
+"""What tells of the adapter itself, and will be so again. All else (no room, a file that could not be read now) may be over
+in a moment."""
 PATIENCE = 10.0  # seconds that a load waits for room which requests hold
 SOON = 2.0  # seconds after which to ask again for what could not be loaded
 
@@ -134,14 +135,16 @@ class Residents:
         """The version. A refusal is remembered; what may pass is forgotten before anyone is told, so that the next asks anew."""
         try:
             return self._admitted(release, patience)
-        except LASTING as error:
-            refusal = _bare(error)  # the error as it is holds the frames of the load, and with them the tensors
         except BaseException as error:
-            with self._lock:
-                self._loads.pop(release.hash, None)
-            if not self.closed:
-                log.warning("adapter %s could not be loaded now: %s", release.name, ascii(str(error) or repr(error)))
-            raise
+            if not _lasting(error):
+                with self._lock:
+                    self._loads.pop(release.hash, None)
+                if not self.closed:
+                    log.warning(
+                        "adapter %s could not be loaded now: %s", release.name, ascii(str(error) or repr(error))
+                    )
+                raise
+            refusal = _bare(error)  # the error as it is holds the frames of the load, and with them the tensors
         raise refusal
 
     def _admitted(self, release: Release, patience: float) -> Version:
@@ -153,6 +156,11 @@ class Residents:
                 f"{version.hash}. Publish it again."
             )
         return version
+
+
+def _lasting(error: BaseException) -> TypeGuard[LorakitError]:
+    """Whether an error tells of the adapter itself."""
+    return isinstance(error, LASTING) and not (isinstance(error, FileError) and error.passing)
 
 
 def _presence(load: Future[Version] | None) -> Presence:
@@ -169,7 +177,7 @@ def _outcome(release: Release, load: Future[Version]) -> Version:
         raise ServeError("this server is closed.") from None
     if error is None:
         return load.result()
-    if isinstance(error, LASTING):
+    if _lasting(error):
         raise _bare(error)
     message = f"adapter {release.name!r} could not be loaded now: ask again in a moment."
     if isinstance(error, LorakitError):

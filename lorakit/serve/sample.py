@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lorakit.errors import ServeError
+from lorakit.errors import NotFiniteError
 from lorakit.serve.limits import SamplingParams
 
 
@@ -32,9 +32,9 @@ def drawn(logits: Tensor, params: SamplingParams, generator: torch.Generator) ->
     return int(ids[place])
 
 
-def no_choice() -> ServeError:
+def no_choice() -> NotFiniteError:
     """What a request fails with that has no row to choose from."""
-    return ServeError(
+    return NotFiniteError(
         "no token can be chosen: expected finite logits, came NaN or infinity. The adapter's weights are too large for the "
         "base, or the base's own are damaged. Serve another version."
     )

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lorakit.errors import Passing
+
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -54,8 +56,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             if tensors is None:
                 return {}, [f"{path.name}: ends before its last tensor: it became shorter while it was read"]
             return dict(sorted(tensors.items())), []
-    except (OSError, ValueError) as error:
-        return {}, [f"{path.name}: cannot be read ({error})"]
+    except OSError as error:
+        return {}, [Passing(f"{path.name}: cannot be read ({error})")]
 
 
 def _filled(file: FileIO, entries: list[Entry]) -> dict[str, Tensor] | None:

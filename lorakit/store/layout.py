@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.attach.host import Record
 from lorakit.attach.method import Draft, Method
+from lorakit.errors import Passing
 from lorakit.store.header import read_tensors
 from lorakit.store.identity import content_hash, content_of, digest_of, fingerprint, same_base, short
 
@@ -100,7 +101,9 @@ def read_extra(folder: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, []
     try:
         extra = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        return {}, [Passing(f"{EXTRA}: cannot be read ({error})")]
+    except (ValueError, RecursionError) as error:
         return {}, [f"{EXTRA}: no JSON ({error})"]
     if not isinstance(extra, dict):
         return {}, [f"{EXTRA}: expected a JSON object"]

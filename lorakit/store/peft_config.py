@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.attach.method import Pair
+from lorakit.errors import Passing
 from lorakit.methods.lora import LoRA
 from lorakit.store.peft_values import to_method
 
@@ -44,8 +45,10 @@ def read_config(folder: Path) -> tuple[dict[str, Any], LoRA | None, list[str]]:
         return {}, None, [f"{CONFIG}: not there ({folder} is no adapter folder)"]
     try:
         return parse_config(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        return {}, None, [f"{CONFIG}: cannot be read ({error})"]
+    except OSError as error:
+        return {}, None, [Passing(f"{CONFIG}: cannot be read ({error})")]
+    except UnicodeDecodeError as error:
+        return {}, None, [f"{CONFIG}: no text ({error})"]
 
 
 def parse_config(text: str) -> tuple[dict[str, Any], LoRA | None, list[str]]:

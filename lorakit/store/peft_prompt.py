@@ -93,7 +93,7 @@ class PeftPrompt(Layout):
         found = PromptFile(folder)
         found.config, faults = read_prompt_config(folder)
         found.method, more = (None, []) if faults else prompt_method(found.config)
-        found.faults += [f"{CONFIG}: {fault}" for fault in faults + more]
+        found.faults += [type(fault)(f"{CONFIG}: {fault}") for fault in faults + more]
         found.extra, faults = read_extra(folder)
         found.faults += faults
         found.tensors, faults = read_tensors_of(folder)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorakit.attach.host import Record
 from lorakit.attach.method import Draft, Method
-from lorakit.errors import UsageError
+from lorakit.errors import Passing, UsageError
 from lorakit.methods.p_tuning import PTuning
 from lorakit.methods.prefix import Prefix
 from lorakit.methods.prefix_tuning import PrefixTuning
@@ -108,7 +108,9 @@ def read_prompt_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, ["not there"]
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        return {}, [Passing(f"cannot be read ({error})")]
+    except (ValueError, RecursionError) as error:
         return {}, [f"no JSON ({error})"]
     return (config, []) if isinstance(config, dict) else ({}, ["expected a JSON object"])
 

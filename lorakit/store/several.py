@@ -91,7 +91,7 @@ class SeveralLayout(Layout):
         for name in cast(list[str], names):
             part = found.parts[name] = self._reader(folder / name).read(folder / name)
             part.settle()
-            found.faults += [f"{name}: {fault}" for fault in part.faults]
+            found.faults += [type(fault)(f"{name}: {fault}") for fault in part.faults]
             found.tensors |= {f"{name}/{key}": tensor for key, tensor in part.tensors.items()}
             if part.method is not None and part.method.name != name:
                 found.faults.append(f"{name}: holds an adapter of another method, {part.method.name}")

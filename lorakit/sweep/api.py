@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import OutputError, UsageError
+from lorakit.run.hold import held
 from lorakit.run.listen import Listener
 from lorakit.run.recipe import Recipe
 from lorakit.run.stamp import sources_of, stamp
@@ -43,7 +44,7 @@ def sweep(
     or the prefix cache asked for, fp16, text-to-image) is an ordinary run. A member whose folder holds its finished run is not
     repeated; one that broke off begins anew. A member whose loss is no number ends alone and is told as failed.
     Raises UsageError, RecipeError, DataError, ModelError as `train` does; OutputError where a member's folder holds another run
-    (unless `overwrite`).
+    (unless `overwrite`), or another sweep is at work in `output`.
     """
     if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
         raise UsageError(f"at_once must be a whole number of at least 1, not {at_once!r}.")
@@ -51,6 +52,11 @@ def sweep(
         raise UsageError("a sweep trains its members in one process: start it in one.")
     listener = listener or Listener()
     root, plans = plan_members(recipe, vary or {}, variants, seeds, output, overrides)
+    with held(root, "sweep"):
+        return _trained(root, plans, at_once, overwrite, listener)
+
+
+def _trained(root: Path, plans: Sequence[Plan], at_once: int, overwrite: bool, listener: Listener) -> SweepResult:
     waiting = [plan for plan in plans if not plan.done()]
     for plan in waiting:
         _check_free(plan, overwrite)

@@ -4,6 +4,7 @@ back, threads that died in silence, versions that do not load."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import shutil
 import threading
@@ -289,6 +290,22 @@ def test_what_may_pass_is_tried_again(fault: Exception, tmp_path: Path, monkeypa
             with pytest.raises(AdapterLoadingError):
                 residents.get(one)
             app_kit.until(lambda: residents.presence(one.hash) == "absent")
+        assert residents.wait(one).hash == one.hash
+        residents.close()
+
+
+@pytest.mark.parametrize("place", ["lorakit.store.header.open", "pathlib.Path.read_text"])
+def test_a_file_that_cannot_be_read_now_is_no_refusal(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = release(saved("llama", tmp_path / "a"))
+    with Bank(BASES["llama"]()) as bank:
+        residents = Residents(bank)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, _raises(OSError(errno.EMFILE, "Too many open files")), raising=False)
+            with pytest.raises(AdapterLoadingError, match="Too many open files"):
+                residents.wait(one)
+            assert residents.presence(one.hash) == "absent"
         assert residents.wait(one).hash == one.hash
         residents.close()
 

@@ -11,6 +11,7 @@ import runs
 import lorakit as lk
 from lorakit.cli import main
 from lorakit.errors import OutputError, RecipeError, UsageError
+from lorakit.run.hold import held
 from lorakit.run.recipe import load_recipe
 from lorakit.run.subject import open_subject
 from lorakit.sweep.api import sweep
@@ -47,12 +48,18 @@ def test_the_cross_product_is_written_and_not_repeated(recipe, tmp_path):
     rows = list(csv.DictReader((first.folder / "sweep.csv").read_text().splitlines()))
     assert [row["method.r"] for row in rows] == ["1", "1", "2", "2", "4", "4"]
     assert int(rows[4]["parameters"]) == 4 * int(rows[0]["parameters"])
-    held = json.loads((first.folder / "sweep.json").read_text())
-    assert held["members"][5]["changes"] == {"method.r": 4, "train.seed": 1}
+    table = json.loads((first.folder / "sweep.json").read_text())
+    assert table["members"][5]["changes"] == {"method.r": 4, "train.seed": 1}
     best = min(wider.members, key=lambda one: one.eval_loss)
     assert wider.best() == best
     subject = open_subject(first.folder / "r-2_seed-1")
     assert list(lk.adapters(subject.model)) == ["default"]
+
+
+def test_two_sweeps_in_one_folder_do_not_make_each_others_runs(recipe, tmp_path):
+    with held(tmp_path / "sweep", "sweep"), pytest.raises(OutputError, match="another sweep is at work in"):
+        sweep(recipe(train=SHORT), vary={"method.r": [1, 2]})
+    assert [one.name for one in (tmp_path / "sweep").iterdir()] == [".lock"]
 
 
 def test_passes_of_few_positions_give_the_same(recipe, tmp_path, monkeypatch):
