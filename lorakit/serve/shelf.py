@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from lorakit.errors import AdapterLoadingError, LorakitError, UnknownAdapterError, UsageError
+from lorakit.errors import AdapterLoadingError, FileError, LorakitError, UnknownAdapterError, UsageError
 from lorakit.serve.bank import Bank, Version
 from lorakit.serve.names import is_name, shown
 from lorakit.serve.registry import Registry, Release
@@ -187,8 +187,8 @@ class Shelf:
         for name in sorted({*entries, *self.registry.aliases()} - {self.model_name}):
             try:
                 release = self.registry.resolve(name)
-            except UnknownAdapterError:
-                continue  # out of service
+            except (UnknownAdapterError, FileError):
+                continue  # out of service, or its folder has become a link: requests for it are told
             digits = release.folder.name
             times = [event.at for event in entries[release.name].history if event.version == digits]
             found.append((name, release, times[-1] if times else 0.0))
@@ -241,8 +241,8 @@ class Shelf:
         for alias in self.registry.aliases():
             try:
                 kept.add(self.registry.resolve(alias).hash.removeprefix("sha256:"))
-            except UnknownAdapterError:
-                continue  # its name is out of service
+            except (UnknownAdapterError, FileError):
+                continue  # its name is out of service, or its folder leads out of the registry
         self.residents.keep({f"sha256:{digits}" for digits in kept})
         pinned = {f"sha256:{entry.current}" for entry in self.registry.entries().values() if entry.pinned}
         for one in self.bank.resident():

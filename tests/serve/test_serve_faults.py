@@ -495,6 +495,23 @@ def test_the_bases_name_is_no_adapters(tmp_path: Path, caplog: pytest.LogCapture
         assert server.generate(["x"], "mine", free())[0].adapter is None
 
 
+def test_a_version_whose_folder_became_a_link_is_told_of_alone(tmp_path: Path) -> None:
+    base = app_kit.save_base(tmp_path / "base")
+    for k, name in enumerate(("fr", "sql")):
+        app_kit.grown(base, tmp_path / "registry" / name, k)
+    with Server(base, tmp_path / "registry") as server:
+        app_kit.until(lambda: server.warmed)
+        own = server.registry.resolve("fr").folder
+        own.rename(tmp_path / "elsewhere")
+        own.symlink_to(tmp_path / "elsewhere")
+        assert [name for name, _, _ in server.in_service()] == ["sql"]
+        server.alias("other", "sql")
+        assert [name for name, _, _ in server.in_service()] == ["other", "sql"]
+        with pytest.raises(FileError, match="leads out"):
+            server.generate(["x"], "fr", free())
+        assert server.generate(["x"], "other", free())[0].adapter is not None
+
+
 @pytest.mark.parametrize(
     "prompt", ["a \ud800 b", [{"role": "user", "content": "\udfff"}], [{"role": "\ud800", "content": "x"}]]
 )
