@@ -17,7 +17,7 @@ from lorakit.store.peft_config import DEFAULTS, SETS
 
 # What may differ between two copies of one adapter: who wrote it, where its base was found, how it is to be opened.
 NOT_IDENTITY = {"peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "task_type"}
-LUMP = 8 << 20  # bytes that are hashed in one go
+LUMP = 1 << 19  # bytes that are hashed in one go
 SAMPLES = 8  # values read of each parameter
 ROUNDING = 2.0**-6  # how far a copy in half precision may stray from a value, relative to it (and 1e-6)
 WIDENED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # types that torch.cat joins without loss

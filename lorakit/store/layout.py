@@ -1,7 +1,6 @@
 """What every way of writing an adapter to a folder is: which methods it is for, how it is written, read and checked."""
 
 import json
-import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
@@ -160,24 +159,19 @@ def _hash_faults(found: Stored, came: str) -> list[str]:
 
 
 def value_faults(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Tensors with NaN or infinity. A type's tensors are searched in one go, and one by one only where that finds some."""
-    groups: dict[torch.dtype, list[str]] = {}
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
-            groups.setdefault(tensor.dtype, []).append(key)
-    bad: set[str] = set()
-    for keys in groups.values():
-        if not _finite(torch.cat([tensors[key].flatten() for key in keys])):
-            bad.update(key for key in keys if not _finite(tensors[key]))
-    return [f"{key}: holds values that are not finite (NaN or infinity)" for key in tensors if key in bad]
+    """Tensors with NaN or infinity. The smallest and the largest value tell: a NaN among the values makes both NaN."""
+    keys = [key for key, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()]
+    ends = [_ends(tensors[key]) for key in keys]
+    if not ends or torch.stack([end for both in ends for end in both]).isfinite().all():
+        return []
+    bad = [key for key, both in zip(keys, ends, strict=True) if not torch.stack(both).isfinite().all()]
+    return [f"{key}: holds values that are not finite (NaN or infinity)" for key in bad]
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Whether every value is finite. The smallest and the largest tell: a NaN among the values makes both NaN."""
-    if tensor.element_size() == 1:
-        tensor = tensor.float()  # 8-bit types have no arithmetic of their own
-    low, high = tensor.aminmax()
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+def _ends(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value, in a type in which they stand beside those of other types."""
+    low, high = (tensor.float() if tensor.element_size() == 1 else tensor).aminmax()  # 8 bits have no arithmetic
+    return (low, high) if low.dtype == torch.float32 else (low.double(), high.double())
 
 
 def base_faults(found: Stored, model: nn.Module) -> list[str]:
