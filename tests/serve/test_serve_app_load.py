@@ -19,7 +19,7 @@ from lorakit.serve.limits import Limits
 from lorakit.serve.server import ServerConfig
 
 pytestmark = pytest.mark.long
-CLIENTS, SECONDS, TOKENS = 64, 20.0, 24
+CLIENTS, SECONDS, TOKENS = 64, 60.0, 24
 NAMES = ("base", "a", "b", "c", "d")
 HEADERS = {"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"}
 
