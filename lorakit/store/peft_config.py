@@ -48,7 +48,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], LoRA | None, list[str]]:
     except OSError as error:
         return {}, None, [Passing(f"{CONFIG}: cannot be read ({error})")]
     except UnicodeDecodeError as error:
-        return {}, None, [f"{CONFIG}: no text ({error})"]
+        return {}, None, [f"{CONFIG}: cannot be read ({error})"]
 
 
 def parse_config(text: str) -> tuple[dict[str, Any], LoRA | None, list[str]]:
