@@ -25,8 +25,8 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
-    """A table on stdout; numbers to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    """A table on stdout; numbers to the right. The title is a line of its own: a path in a table's would be broken at its width."""
+    table = Table()
     for i, column in enumerate(columns):
         numbers = all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
         table.add_column(column, justify="right" if rows and numbers else "left", overflow="fold")
@@ -34,6 +34,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
         table.add_row(*(cell(value) for value in row))
     # A pipe has no width: nothing is folded for whoever reads it.
     out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
+    if title is not None:
+        out.print(title, style="bold", soft_wrap=True)
     out.print(table)
 
 
