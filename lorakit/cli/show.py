@@ -25,7 +25,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
-    """A table on stdout; numbers to the right. The title is a line of its own: a path in a table's would be broken at its width."""
+    """A table on stdout; numbers to the right. The title is a line of its own: in the table's a path would be broken."""
     table = Table()
     for i, column in enumerate(columns):
         numbers = all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
