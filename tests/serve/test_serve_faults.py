@@ -27,8 +27,10 @@ from lorakit.serve.follow import TextStream, new_tokens
 from lorakit.serve.handle import Handle
 from lorakit.serve.limits import Limits, SamplingParams
 from lorakit.serve.listen import ListenConfig, uvicorn_settings
+from lorakit.serve.problems import problem_of
 from lorakit.serve.registry import Registry, Release
 from lorakit.serve.residents import Residents
+from lorakit.serve.sample import no_choice
 from lorakit.serve.server import Server, ServerConfig
 from lorakit.serve.work import Work, conclude
 
@@ -519,3 +521,10 @@ def test_half_a_character_is_no_text(prompt: Any, tmp_path: Path) -> None:
     base = app_kit.save_base(tmp_path / "base")
     with Server(base, tmp_path / "registry") as server, pytest.raises(DataError, match="lone surrogate"):
         server.generate(["fine", prompt])
+
+
+def test_a_client_is_told_that_its_logits_are_not_finite_and_of_no_other_fault_in_the_engine() -> None:
+    told, hidden = problem_of(no_choice()), problem_of(ServeError("/secret/path"))
+    assert (told.status, told.code, hidden.status, hidden.code) == (500, "not_finite", 500, "engine_failed")
+    assert "finite logits" in told.message
+    assert "secret" not in hidden.message
