@@ -1,9 +1,9 @@
 """What every adaptation method is to the rest of lorakit: a configuration that drafts tensors for a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,27 @@ class Draft:
         own = [tensor for group in self.replaced.values() for tensor in group.values()]
         found = self.low_rank() + own + [rows.rows for rows in self.tokens.values()] + self.inserted()
         return list({id(tensor): tensor for tensor in found}.values())  # a shared one once
+
+    def move(self, copy: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> None:
+        """Put copies in the places of all tensors. copy: of each tensor of a list; one that several places share stays one."""
+        places = list(self._places())
+        own = list({id(tensor): tensor for _, _, tensor in places}.values())
+        moved = dict(zip(map(id, own), copy(own), strict=True))
+        for holder, key, tensor in places:
+            if isinstance(holder, dict):
+                holder[key] = moved[id(tensor)]
+            else:
+                setattr(holder, key, moved[id(tensor)])
+
+    def _places(self) -> Iterator[tuple[Any, str, Tensor]]:
+        """(what holds it, under which name, tensor): a dictionary's value or an object's field."""
+        for _, pair in self.all_pairs():
+            yield from ((pair, name, tensor) for name, tensor in pair.held())
+        for rows in self.tokens.values():
+            yield rows, "rows", rows.rows
+        groups = [*self.replaced.values(), *(one.tensors for group in self.inserts.values() for one in group.values())]
+        for group in groups:
+            yield from ((group, name, tensor) for name, tensor in group.items())
 
     def paths(self) -> dict[str, None]:
         """The modules that the draft touches, each once."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from lorakit.attach.adapted import plain
 from lorakit.attach.anatomy import is_within, output_head, walk
-from lorakit.attach.kinds import KINDS, NEVER_CALLED, LinearKind, is_attention, low_rank_kind, qualified
+from lorakit.attach.kinds import KINDS, LinearKind, is_attention, is_never_called, low_rank_kind
 from lorakit.errors import TargetError
 
 ALL_LINEAR = "all-linear"
@@ -67,10 +67,16 @@ def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
     return default
 
 
-def find_targets(model: nn.Module, selection: Selection) -> dict[str, nn.Module]:
-    """path -> leaf to adapt, in the model's order. Raises TargetError where nothing, or the wrong thing, matches."""
+def find_targets(
+    model: nn.Module, selection: Selection, modules: Mapping[str, nn.Module] | None = None
+) -> dict[str, nn.Module]:
+    """path -> leaf to adapt, in the model's order. Raises TargetError where nothing, or the wrong thing, matches.
+
+    modules: the model's, by path, where the caller has them.
+    """
     wanted = _Wanted(model, selection)
-    found = {path: module for path, module in walk(model) if path and wanted(path, module)}
+    all_modules = walk(model) if modules is None else modules.items()
+    found = {path: module for path, module in all_modules if path and wanted(path, module)}
     if not found:
         raise TargetError(_nothing_matched(model, selection))
     for path, module in found.items():
@@ -151,7 +157,7 @@ def _check_supported(path: str, module: nn.Module) -> None:
             f"{path} ({cls.__name__}) has no weight parameter of its own (a parametrization or weight norm makes it from "
             "others). Remove that first, or leave the layer out with exclude_modules."
         )
-    if any(qualified(base) in NEVER_CALLED for base in cls.__mro__):
+    if is_never_called(cls):
         raise TargetError(
             f"{path} is a {cls.__name__}: its parent reads its weight without calling it, so an adapter there would be "
             "ignored. Leave it out with exclude_modules."

@@ -137,11 +137,14 @@ class LoRA(Method):
         """The rank at `path`."""
         return pattern_value(self.rank_pattern, path, self.r)
 
-    def targets(self, model: nn.Module) -> list[str]:
-        """The paths of the layers of `model` that this configuration adapts. Raises TargetError where there are none."""
-        return list(self._leaves(model))
+    def targets(self, model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> list[str]:
+        """The paths of the layers of `model` that this configuration adapts. Raises TargetError where there are none.
 
-    def _leaves(self, model: nn.Module) -> dict[str, nn.Module]:
+        modules: the model's, by path, where the caller has them.
+        """
+        return list(self._leaves(model, modules))
+
+    def _leaves(self, model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> dict[str, nn.Module]:
         if not self.target_modules:
             return {}  # target_parameters or trainable_token_indices alone
         layers = self.layers_to_transform
@@ -155,6 +158,7 @@ class LoRA(Method):
                 layers_pattern=[pattern] if isinstance(pattern, str) else pattern,
                 kept_whole=find_modules(model, self.modules_to_save or ()),
             ),
+            modules,
         )
 
     def draft(self, model: nn.Module, *, dtype: torch.dtype | None, generator: torch.Generator | None) -> Draft:

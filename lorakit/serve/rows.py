@@ -11,8 +11,11 @@ from lorakit.attach.adapted import plain
 from lorakit.attach.kinds import EmbeddingKind, LeafKind, low_rank_kind
 from lorakit.attach.method import Draft, Pair
 from lorakit.core.delta import is_dense
+from lorakit.core.largest import largest
 from lorakit.errors import UsageError
+from lorakit.store.block import together
 
+HELD = ("A", "Bt", "gain", "shift")  # the fields of a Row that hold a tensor
 LARGEST = 1e15  # of A's values: no activation makes an infinity of them in float32
 
 
@@ -34,7 +37,7 @@ class Row:
         return self.Bt.shape[0]
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (tensor for tensor in (self.A, self.Bt, self.gain, self.shift) if tensor is not None)
+        yield from (tensor for name in HELD if (tensor := getattr(self, name)) is not None)
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Rows:
 
     def bytes(self) -> int:
         held = [tensor for row in self.layers.values() for tensor in row.tensors()] + list(self.head.values())
-        return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in held}.values())
+        return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in held}.values())
 
 
 Modules = Mapping[str, nn.Module]  # a model's, by their names
@@ -62,13 +65,14 @@ def _kind(leaf: nn.Module) -> LeafKind | None:
 
 
 def to_rows(draft: Draft, modules: Modules, head: Mapping[str, Tensor], head_path: str | None = None) -> Rows:
-    """The draft's layers on the model whose modules these are. head: the tensors of the adapter's own head; head_path: the
-    name of a classifier's.
+    """The draft's layers on the model whose modules these are, in memory of their own. head: the tensors of the adapter's
+    own head; head_path: the name of a classifier's.
 
     Raises UsageError with all that cannot be mixed.
     """
     _check([*_faults(draft, modules), *_in_head(draft, head_path)])
     with torch.no_grad():
+        draft.move(together)
         layers = {path: _row(modules[path], pair, crossed=False) for path, pair in draft.pairs.items()}
         for path, home in draft.tied.items():
             if home in draft.pairs:
@@ -78,8 +82,19 @@ def to_rows(draft: Draft, modules: Modules, head: Mapping[str, Tensor], head_pat
             row = layers[path]
             change = group["bias"].detach() - own.detach().to(group["bias"])  # type: ignore[union-attr]
             row.shift = change if row.shift is None else row.shift + change
-        _check([fault for path, row in layers.items() for fault in _too_large(path, row, modules[path])])
-    return Rows(layers, {name: tensor.detach() for name, tensor in head.items()})
+        _check(_too_large(layers, modules))
+        if any(pair.magnitude is not None or pair.parts or pair.fixed_a is not None for pair in draft.pairs.values()):
+            _move(layers)  # they were worked out from the draft's, and have taken their place
+    return Rows(layers, dict(zip(head, together([*head.values()]), strict=True)))
+
+
+def _move(layers: Mapping[str, Row]) -> None:
+    """Put all rows into one piece of memory."""
+    places = [
+        (row, name, tensor) for row in layers.values() for name in HELD if (tensor := getattr(row, name)) is not None
+    ]
+    for (row, name, _), tensor in zip(places, together([tensor for _, _, tensor in places]), strict=True):
+        setattr(row, name, tensor)
 
 
 def _check(faults: list[str]) -> None:
@@ -101,13 +116,23 @@ def _in_head(draft: Draft, path: str | None) -> Iterator[str]:
             )
 
 
-def _too_large(path: str, row: Row, leaf: Any) -> Iterator[str]:
-    """A row of another adapter is multiplied with these too, and the product with 0: it must not be NaN."""
+def _too_large(layers: Mapping[str, Row], modules: Modules) -> list[str]:
+    """Values that make NaN: a row of another adapter is multiplied with these too, and the product with 0."""
+    types = {path: _computed_in(row, modules[path]) for path, row in layers.items()}
+    all_take = min([LARGEST, *(torch.finfo(dtype).max / 2 for dtype in set(types.values()))])
+    if largest([tensor for row in layers.values() for tensor in row.tensors()]) <= all_take:
+        return []
+    return [
+        f"{path}: values above {LARGEST:g} in A, or that are not finite in {types[path]}"
+        for path, row in layers.items()
+        if not all(tensor.to(types[path]).isfinite().all() for tensor in row.tensors()) or largest([row.A]) > LARGEST
+    ]
+
+
+def _computed_in(row: Row, leaf: Any) -> torch.dtype:
+    """The type in which a layer multiplies a row."""
     weight = leaf._parameters["weight"]
-    dtype = weight.dtype if weight is not None and is_dense(weight) else row.Bt.dtype
-    finite = all(tensor.to(dtype).isfinite().all() for tensor in row.tensors())
-    if not finite or (row.A.numel() and float(row.A.abs().max()) > LARGEST):
-        yield f"{path}: values above {LARGEST:g} in A, or that are not finite in {dtype}"
+    return weight.dtype if weight is not None and is_dense(weight) else row.Bt.dtype
 
 
 def _faults(draft: Draft, modules: Modules) -> Iterator[str]:

@@ -12,6 +12,7 @@ from lorakit.attach.api import AttachReport, add, check_can_add
 from lorakit.attach.host import Record, check_names, check_not_merged, find_host, host_of
 from lorakit.attach.method import Draft
 from lorakit.errors import UsageError
+from lorakit.store.block import apart, together
 from lorakit.store.convert import read_source
 from lorakit.store.files import remove_files, write_together
 from lorakit.store.layout import TENSORS
@@ -73,6 +74,7 @@ def load(
     found = read_source(locate(source), model, component)
     method, draft = fit(found, model, check_base=check_base)
     _check_material(model, draft)
+    draft.move(apart if trainable else together)  # the file's own memory goes, all of it
     meta = {**found.meta(), "source": str(source)}
     return add(model, Record(name, method, draft, trainable, meta))
 

@@ -6,14 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lorakit.attach.host import Record
 from lorakit.attach.method import Draft, Method
+from lorakit.core.largest import largest
 from lorakit.errors import Passing
 from lorakit.store.header import read_tensors
 from lorakit.store.identity import content_hash, content_of, digest_of, fingerprint, same_base, short
@@ -159,19 +160,12 @@ def _hash_faults(found: Stored, came: str) -> list[str]:
 
 
 def value_faults(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Tensors with NaN or infinity. The smallest and the largest value tell: a NaN among the values makes both NaN."""
-    keys = [key for key, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()]
-    ends = [_ends(tensors[key]) for key in keys]
-    if not ends or torch.stack([end for both in ends for end in both]).isfinite().all():
+    """Tensors with NaN or infinity."""
+    floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+    if isfinite(largest([*floating.values()])):
         return []
-    bad = [key for key, both in zip(keys, ends, strict=True) if not torch.stack(both).isfinite().all()]
+    bad = [key for key, tensor in floating.items() if not isfinite(largest([tensor]))]
     return [f"{key}: holds values that are not finite (NaN or infinity)" for key in bad]
-
-
-def _ends(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest value, in a type in which they stand beside those of other types."""
-    low, high = (tensor.float() if tensor.element_size() == 1 else tensor).aminmax()  # 8 bits have no arithmetic
-    return (low, high) if low.dtype == torch.float32 else (low.double(), high.double())
 
 
 def base_faults(found: Stored, model: nn.Module) -> list[str]:

@@ -46,7 +46,10 @@ def read(folder: Path, *, wait: bool = True) -> Stored:
 
 
 def fit(found: Stored, model: nn.Module, *, check_base: bool) -> tuple[Method, Draft]:
-    """The method and draft of a read folder on `model`. Raises FileError with every fault of the file and of the fit."""
+    """The method and draft of a read folder on `model`. Raises FileError with every fault of the file and of the fit.
+
+    The draft's tensors are views of what was read: who keeps them copies them first (lorakit.store.block).
+    """
     more: list[str] = []
     drafted: tuple[Method, Draft] | None = None
     if found.method is not None and found.tensors:

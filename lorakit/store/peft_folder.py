@@ -258,11 +258,11 @@ def _pair(path: str, parsed: Parsed, module: nn.Module, starter: Starter, faults
         faults.append(f"{path}: {fault}")
         return None
     if embedding:
-        first, second = a.t().contiguous(), b.t().contiguous()
+        first, second = a.t(), b.t()
     elif isinstance(kind, ConvKind):
-        first, second = _grouped(a, module).contiguous(), b.flatten(1).t().contiguous()
+        first, second = _grouped(a, module), b.flatten(1).t()
     else:
-        first, second = a.contiguous(), b.t().contiguous()
+        first, second = a, b.t()
     pair = Pair(first, second, starter.method.scaling(path), starter.method.dropout)
     wrong = _beside(path, pair, parsed, kind.shape(module)[1])
     try:

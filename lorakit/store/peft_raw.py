@@ -69,7 +69,7 @@ def raw_draft(
         if fault:
             faults.append(f"{path}.{name}: {fault}")
         else:
-            pair = Pair(halves[0].contiguous(), halves[1].t().contiguous(), method.scaling(path))
+            pair = Pair(halves[0], halves[1].t(), method.scaling(path))
             raw.setdefault(path, {})[name] = pair
     return raw, taken
 

@@ -115,7 +115,7 @@ def on_model(found: AdapterFile, method: LoRA, model: nn.Module) -> tuple[LoRA, 
     method = _for_model(method, found.parsed, modules)
     draft, faults = to_draft(found.parsed, method, model, modules)
     try:
-        targets = method.targets(model)
+        targets = method.targets(model, modules)
     except TargetError as error:
         return method, draft, [*faults, str(error)]
     named = set(targets)

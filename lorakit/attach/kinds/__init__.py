@@ -3,6 +3,8 @@
 A kind knows the shapes of its leaf, how its forward adds the update, and how the update looks in the weight's own layout.
 """
 
+from functools import lru_cache
+
 from torch import nn
 
 from lorakit.attach.kinds.base import LeafKind
@@ -11,8 +13,8 @@ from lorakit.attach.kinds.embedding import EmbeddingKind
 from lorakit.attach.kinds.linear import Conv1DKind, LinearKind, RowKind
 
 __all__ = [
-    "ATTENTION", "KINDS", "NEVER_CALLED", "Conv1DKind", "ConvKind", "EmbeddingKind", "LeafKind", "LinearKind",
-    "is_attention", "is_stock", "low_rank_kind", "qualified", "row_kind",
+    "ATTENTION", "KINDS", "Conv1DKind", "ConvKind", "EmbeddingKind", "LeafKind", "LinearKind",
+    "is_attention", "is_never_called", "is_stock", "low_rank_kind", "qualified", "row_kind",
 ]  # fmt: skip
 
 KINDS: dict[str, LeafKind] = {
@@ -34,6 +36,7 @@ def qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+@lru_cache(maxsize=1024)  # a load asks for each layer, several times
 def _nearest(cls: type) -> str | None:
     """The first registered class among `cls` and its bases."""
     for base in cls.__mro__:
@@ -55,6 +58,12 @@ def row_kind(cls: type) -> LeafKind | None:
     return _ROWS if kind is None and _nearest(cls) in ROW_WISE else kind
 
 
+def is_never_called(cls: type) -> bool:
+    """Whether the parent of a layer of class `cls` reads its weight without calling it."""
+    return _nearest(cls) in NEVER_CALLED
+
+
+@lru_cache(maxsize=1024)
 def is_attention(cls: type) -> bool:
     """Whether `cls` is PyTorch's attention layer, whose projections take their updates as raw parameters."""
     return any(qualified(base) == ATTENTION for base in cls.__mro__)
