@@ -22,11 +22,12 @@ from lorakit.attach.method import Draft, Method
 from lorakit.attach.norm import fuse_norm
 from lorakit.attach.reading import siblings
 from lorakit.attach.site import Site, Slot
-from lorakit.attach.slots import EMPTY, attributes_of, note_in, places_of, read_of, slot_for
+from lorakit.attach.slots import EMPTY, Holder, attributes_of, note_in, places_of, read_of, slot_for
 from lorakit.core.route import Route
 from lorakit.errors import AdapterError, UsageError
 
 KEY = "_lorakit"  # where the host stands in the model's __dict__
+Standing = tuple[str, str, str, Holder]  # path of a leaf, attribute on it, key and holder of the tensor in the draft
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Record:
     meta: dict[str, Any] = field(default_factory=dict)
 
     slots: dict[tuple[int, float], dict[str, Slot]] = field(default_factory=dict, repr=False, compare=False)
+    standing: dict[tuple[int, float], list[Standing]] = field(default_factory=dict, repr=False, compare=False)
+    held: list[tuple[str, str, Holder]] = field(default_factory=list, repr=False, compare=False)
 
     def tensors(self) -> list[Tensor]:
         """Every trained tensor of the adapter, in the model's order."""
@@ -55,6 +58,21 @@ class Record:
                 path: slot_for(leaves[path], path, self.draft, strength, f"_{k}" if k else "") for path in self.paths()
             }
         return self.slots[k, strength]
+
+    def standing_at(self, k: int, strength: float, leaves: dict[str, nn.Module]) -> list[Standing]:
+        """What it puts on its leaves as the k-th that is on; kept, for a switch spends its time here."""
+        if (k, strength) not in self.standing:
+            self.standing[k, strength] = [
+                (path, *place)
+                for path, slot in self.slots_at(k, strength, leaves).items()
+                for place in attributes_of(slot, path, self.draft)
+            ]
+        return self.standing[k, strength]
+
+    def places(self) -> list[tuple[str, str, Holder]]:
+        """Where its tensors stand while it is off (see places_of)."""
+        self.held = self.held or list(places_of(self.draft))
+        return self.held
 
 
 @dataclass(frozen=True)
@@ -227,9 +245,9 @@ class Host:
             self.state = state
             mark = torch.tensor(self.epoch, device="cpu")
             on = [record.slots_at(k, strength, self.leaves) for k, (record, strength) in enumerate(records)]
-            for (record, _), slots in zip(records, on, strict=True):
-                for path, slot in slots.items():
-                    _install(self.leaves[path], path, record.draft, slot)
+            for k, (record, strength) in enumerate(records):
+                for path, attribute, key, holder in record.standing_at(k, strength, self.leaves):
+                    _put(self.leaves[path], attribute, read_of(holder, key))
             for path, site in self.sites.items():
                 here = tuple(group.get(path, EMPTY) for group in on)
                 used = any(slot is not EMPTY for slot in here)
@@ -237,11 +255,9 @@ class Host:
 
     def _bring(self, record: Record) -> None:
         """Bring an adapter's tensors to the devices of their leaves."""
-        draft = record.draft
-        for path, name, holder in places_of(draft):
-            tensor = read_of(holder, name)
-            device = _device(self.leaves[path])
-            if device is not None:
+        for path, name, holder in record.places():
+            tensor, device = read_of(holder, name), _device(self.leaves[path])
+            if device is not None and tensor.device != device:
                 note_in(holder, name, _moved(tensor, device))
 
     def _write_back(self) -> None:
@@ -255,19 +271,12 @@ class Host:
         """Have `read` give each tensor that stands on a leaf, and note it in its record."""
         for k, (name, strength) in enumerate(self.state.selection):
             record = self.records[name]
-            for path, slot in record.slots_at(k, strength, self.leaves).items():
-                for attribute, key, holder in attributes_of(slot, path, record.draft):
-                    note_in(holder, key, read(self.leaves[path], attribute))
-
-
-def _install(leaf: nn.Module, path: str, draft: Draft, slot: Slot) -> None:
-    """Put one adapter's tensors on one leaf."""
-    for attribute, key, holder in attributes_of(slot, path, draft):
-        _put(leaf, attribute, read_of(holder, key))
+            for path, attribute, key, holder in record.standing_at(k, strength, self.leaves):
+                note_in(holder, key, read(self.leaves[path], attribute))
 
 
 def _put(leaf: nn.Module, name: str, tensor: Tensor) -> None:
-    if isinstance(tensor, nn.Parameter):
+    if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
         leaf._parameters[name] = tensor
     else:
         leaf._buffers[name] = tensor
@@ -275,13 +284,14 @@ def _put(leaf: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _device(leaf: nn.Module) -> torch.device | None:
-    return next((parameter.device for parameter in leaf._parameters.values() if parameter is not None), None)
+    for parameter in leaf._parameters.values():
+        if parameter is not None:
+            return parameter.device
+    return None
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; a parameter stays the object that it is, for an optimizer may hold it."""
-    if tensor.device == device:
-        return tensor
+    """The tensor on another device; a parameter stays the object that it is, for an optimizer may hold it."""
     if isinstance(tensor, nn.Parameter):
         tensor.data = tensor.data.to(device)
         return tensor

@@ -113,10 +113,16 @@ def fails(model, monkeypatch, how):
     if how == "name":
         return pytest.raises(UsageError, match="non-empty"), lk.LoRA(), ""
     if how == "device":
-        monkeypatch.setattr(host_module, "_moved", full)
+        elsewhere(monkeypatch)
         return pytest.raises(MemoryError), lk.LoRA(bias="all"), "new"
     monkeypatch.setattr(host_module, "wear", after(3, host_module.wear))
     return pytest.raises(MemoryError), lk.LoRA(bias="all"), "new"
+
+
+def elsewhere(monkeypatch):
+    """The leaves are on another device than the adapter, and that one has no memory left."""
+    monkeypatch.setattr(host_module, "_device", lambda leaf: torch.device("cuda"))
+    monkeypatch.setattr(host_module, "_moved", full)
 
 
 def full(*_):
@@ -156,7 +162,7 @@ def test_failing_switch_leaves_the_other_adapter_on(monkeypatch):
     inputs = tiny.batch(model)
     on = adapting.logits(model, inputs)
     with monkeypatch.context() as patch:
-        patch.setattr(host_module, "_moved", full)
+        elsewhere(patch)
         with pytest.raises(MemoryError):
             lk.use(model, "a")
     assert lk.adapters(model)["b"].active
