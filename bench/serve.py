@@ -36,6 +36,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 MIXES = ((1, 1), (8, 8), (16, 4), (16, 16))
 LIMITS = Limits(running=16, queue=4096, cache_tokens=16384, page_tokens=64, step_tokens=512)
 RESIDENT = (0, 100, 1000)
+LOADED: dict[str, Any] = {"r": 16, "target_modules": ["q_proj", "v_proj"]}  # 48 layers, 4.7 MB
 KEPT = 48 * 2 * 16 * 768 * 4  # bytes of the adapter that is loaded
 RESIDENT_PEFT = (1, 32)
 
@@ -84,8 +85,7 @@ def copies(folder: Path, count: int, into: Path) -> list[Path]:
 
 
 def load_row(rounds: int, tmp: Path, _: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    fields = {"r": 16, "target_modules": ["q_proj", "v_proj"]}  # 48 layers, 4.7 MB
-    folder = saved(base(24, 768), tmp / "load", 0, **fields)
+    folder = saved(base(24, 768), tmp / "load", 0, **LOADED)
     found: dict[str, dict[int, dict[str, float]]] = {"lorakit.load": {}, "bank.load": {}, "PEFT": {}}
     for resident in RESIDENT:
         model = base(24, 768)
@@ -106,20 +106,26 @@ def load_row(rounds: int, tmp: Path, _: argparse.Namespace) -> tuple[dict[str, A
 
 
 def switch_row(rounds: int, tmp: Path, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    folder = saved(base(options.layers), tmp / "switch", 0)
-    ours = base(options.layers)
+    found: dict[str, dict[str, float]] = {}
+    for places, layers, width, fields in ((48, 24, 768, LOADED), (7 * options.layers, options.layers, 576, {})):
+        found[str(places)] = _switches(
+            saved(base(layers, width), tmp / f"switch{places}", 0, **fields), layers, width, rounds
+        )
+    rows = [[places, side, seconds * 1e6] for places, times in found.items() for side, seconds in times.items()]
+    return found, table(["switch between 16, adapted layers", "", "us"], rows)
+
+
+def _switches(folder: Path, layers: int, width: int, rounds: int) -> dict[str, float]:
+    ours = base(layers, width)
     for k in range(16):
         lk.load(ours, folder, name=f"r{k}")
-    theirs = _peft(base(options.layers), [folder] * 16)
+    theirs = _peft(base(layers, width), [folder] * 16)
     turn = iter(range(10**9))
-    times = interleaved(
-        {
-            "lorakit": lambda: lk.use(ours, f"r{next(turn) % 16}"),
-            "PEFT": lambda: theirs.set_adapter(f"r{next(turn) % 16}"),
-        },
-        rounds,
-    )
-    return times, table(["switch", "us"], [[side, seconds * 1e6] for side, seconds in times.items()])
+    sides = {
+        "lorakit": lambda: lk.use(ours, f"r{next(turn) // 2 % 16}"),
+        "PEFT": lambda: theirs.set_adapter(f"r{next(turn) // 2 % 16}"),
+    }
+    return interleaved(sides, rounds, 16)
 
 
 def _median(run: Callable[[int], Any], rounds: int) -> dict[str, float]:
@@ -259,7 +265,7 @@ def _process() -> int:
 
 def many_row(rounds: int, tmp: Path, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     folder = saved(base(options.layers), tmp / "many", 0)
-    work = prompts(96, (24, 48))
+    work = prompts(48, (24, 48))  # short turns: the machine's speed drifts
     with Bank(base(options.layers), memory=64 << 30) as bank, Engine(bank.model, Tokens(), bank, LIMITS) as engine:
         before, names = _process(), copies(folder, options.adapters, tmp / "copies")
         versions = [bank.load(each, f"a{k}") for k, each in enumerate(names)]
@@ -272,7 +278,7 @@ def many_row(rounds: int, tmp: Path, options: argparse.Namespace) -> tuple[dict[
 
             return run
 
-        times = interleaved({"5": side(5), str(options.adapters): side(options.adapters)}, max(3, rounds // 3), 1)
+        times = interleaved({"5": side(5), str(options.adapters): side(options.adapters)}, rounds, 1)
     rates = {name: 1 / seconds for name, seconds in times.items()}
     share = rates[str(options.adapters)] / rates["5"]
     rows = [[name, rate] for name, rate in rates.items()] + [
