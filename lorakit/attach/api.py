@@ -135,26 +135,8 @@ def _forget(model: nn.Module, host: Host, name: str, before: State) -> None:
 
 def set_trainable(draft: Draft, trainable: bool) -> None:
     """Make every tensor of a draft a parameter (trainable) or a plain tensor (frozen), sharing its memory."""
-
-    made: dict[int, Tensor] = {}  # a tensor that two modules share stays one
-
-    def turned(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            made[id(tensor)] = nn.Parameter(tensor.detach()) if trainable else tensor.detach()
-        return made[id(tensor)]
-
-    for _, pair in draft.all_pairs():
-        for key in LEARNT:
-            tensor = getattr(pair, key)
-            if tensor is not None:
-                setattr(pair, key, turned(tensor))
-    for rows in draft.tokens.values():
-        rows.rows = turned(rows.rows)
-    for group in draft.replaced.values():
-        group.update({name: turned(tensor) for name, tensor in group.items()})
-    for inserts in draft.inserts.values():
-        for insert in inserts.values():
-            insert.tensors.update({name: turned(tensor) for name, tensor in insert.tensors.items()})
+    made = nn.Parameter if trainable else Tensor.detach
+    draft.move(lambda own: [made(tensor.detach()) for tensor in own], LEARNT)
 
 
 def detach(model: nn.Module, name: str) -> None:

@@ -129,9 +129,12 @@ class Draft:
         found = self.low_rank() + own + [rows.rows for rows in self.tokens.values()] + self.inserted()
         return list({id(tensor): tensor for tensor in found}.values())  # a shared one once
 
-    def move(self, copy: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> None:
-        """Put copies in the places of all tensors. copy: of each tensor of a list; one that several places share stays one."""
-        places = list(self._places())
+    def move(self, copy: Callable[[Sequence[Tensor]], Sequence[Tensor]], of_pairs: Sequence[str] = HELD) -> None:
+        """Put what `copy` gives for each tensor of a list in the places of all; one that several places share stays one.
+
+        of_pairs: the fields of pairs that are meant.
+        """
+        places = list(self._places(of_pairs))
         own = list({id(tensor): tensor for _, _, tensor in places}.values())
         moved = dict(zip(map(id, own), copy(own), strict=True))
         for holder, key, tensor in places:
@@ -140,10 +143,10 @@ class Draft:
             else:
                 setattr(holder, key, moved[id(tensor)])
 
-    def _places(self) -> Iterator[tuple[Any, str, Tensor]]:
+    def _places(self, of_pairs: Sequence[str]) -> Iterator[tuple[Any, str, Tensor]]:
         """(what holds it, under which name, tensor): a dictionary's value or an object's field."""
         for _, pair in self.all_pairs():
-            yield from ((pair, name, tensor) for name, tensor in pair.held())
+            yield from ((pair, name, tensor) for name, tensor in pair.held() if name in of_pairs)
         for rows in self.tokens.values():
             yield rows, "rows", rows.rows
         groups = [*self.replaced.values(), *(one.tensors for group in self.inserts.values() for one in group.values())]

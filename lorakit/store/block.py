@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 ALIGNED = 64  # bytes: where a tensor begins, as torch's own allocator has it
-SAME_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # types that numpy knows too
+KNOWN = (torch.float32, torch.float16, torch.float64)  # to numpy too
+SAME_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def together(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -39,7 +40,9 @@ def apart(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _fill(place: Tensor, source: Tensor) -> None:
     """`place.copy_(source)`. numpy turns a matrix of a few columns round in a third of the time."""
     if source.dim() == 2 and not source.is_contiguous() and source.device.type == "cpu":
-        alike = SAME_WIDTH[source.element_size()]
-        np.copyto(place.view(alike).numpy(), source.t().view(alike).numpy().T)
+        if source.dtype not in KNOWN:
+            alike = SAME_WIDTH[source.element_size()]
+            place, source = place.view(alike), source.view(alike)
+        np.copyto(place.numpy(), source.numpy())
     else:
         place.copy_(source)
