@@ -16,7 +16,7 @@ SAME_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Contiguous copies without gradients, all of one device and type in one piece of memory. Each can be changed in place."""
+    """Contiguous copies without gradients, all of one device and type in one piece of memory."""
     copies: list[Tensor] = list(tensors)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for k, tensor in enumerate(tensors):
@@ -27,7 +27,9 @@ def together(tensors: Sequence[Tensor]) -> list[Tensor]:
         block = torch.empty(sum(sizes), dtype=dtype, device=device)
         for k, start in zip(members, accumulate(sizes, initial=0), strict=False):
             source = tensors[k].detach()
-            copies[k] = block[start : start + source.numel()].view(source.shape)
+            copies[k] = (
+                block[start : start + source.numel()].view(source.shape).data
+            )  # autograd counts its changes alone
             _fill(copies[k], source)
     return copies
 

@@ -52,6 +52,16 @@ def test_one_that_is_changed_leaves_its_neighbours() -> None:
         assert [float(one[0]) for one in copies] == [0, 9, 2, 3]
 
 
+def test_a_change_in_place_spoils_no_neighbour_s_backward() -> None:
+    for copy in (together, apart):
+        first, second = copy([torch.ones(3), torch.ones(3)])
+        x = torch.ones(3, requires_grad=True)
+        y = (x * first).sum()
+        second.add_(1)
+        y.backward()  # type: ignore[no-untyped-call]
+        assert torch.equal(x.grad, first)  # type: ignore[arg-type]
+
+
 def test_gradients_are_left_behind() -> None:
     source = torch.ones(2, 3, requires_grad=True)
     assert not any(one.requires_grad for copy in (together, apart) for one in copy([source, source.t()]))
