@@ -91,18 +91,18 @@ def load_row(rounds: int, tmp: Path, _: argparse.Namespace) -> tuple[dict[str, A
         model = base(24, 768)
         for k in range(resident):
             lk.load(model, folder, name=f"r{k}")
-        found["lorakit.load"][resident] = _median(lambda k, m=model: lk.load(m, folder, name=f"n{k}"), rounds)
+        found["lorakit.load"][resident] = _loads(lambda k, m=model: lk.load(m, folder, name=f"n{k}"), rounds)
         with Bank(base(24, 768), memory=64 << 30) as bank:
             for k in range(resident):
                 bank.load(folder, f"r{k}")
-            found["bank.load"][resident] = _median(lambda k, b=bank: b.load(folder, f"n{k}"), rounds)
+            found["bank.load"][resident] = _loads(lambda k, b=bank: b.load(folder, f"n{k}"), rounds)
     for resident in RESIDENT_PEFT:
         model = _peft(base(24, 768), [folder] * resident)
-        found["PEFT"][resident] = _median(lambda k, m=model: m.load_adapter(str(folder), f"n{k}"), min(rounds, 5))
+        found["PEFT"][resident] = _loads(lambda k, m=model: m.load_adapter(str(folder), f"n{k}"), min(rounds, 5))
     rows = [
         [side, at, *(1e3 * t for t in times.values())] for side, all_ in found.items() for at, times in all_.items()
     ]
-    return found, table(["load, 48 layers, 4.7 MB", "resident", "ms", "of which fresh memory, ms"], rows)
+    return found, table(["load, 48 layers, 4.7 MB", "resident", "ms", "fresh memory of that size, ms"], rows)
 
 
 def switch_row(rounds: int, tmp: Path, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -128,10 +128,10 @@ def _switches(folder: Path, layers: int, width: int, rounds: int) -> dict[str, f
     return interleaved(sides, rounds, 16)
 
 
-def _median(run: Callable[[int], Any], rounds: int) -> dict[str, float]:
+def _loads(run: Callable[[int], Any], rounds: int) -> dict[str, float]:
     """Median seconds of a load, and of writing as many bytes as it keeps into memory that no one has used yet, in turns.
 
-    The machine gives memory out at its own price: here from 4 to 25 ms for the same 4.7 MB, as more and more is held.
+    A machine gives memory out at its own price, which may rise as more is held, and each load pays it.
     """
     run(-1)
     times: dict[str, list[float]] = {"load": [], "fresh": []}

@@ -27,9 +27,8 @@ def together(tensors: Sequence[Tensor]) -> list[Tensor]:
         block = torch.empty(sum(sizes), dtype=dtype, device=device)
         for k, start in zip(members, accumulate(sizes, initial=0), strict=False):
             source = tensors[k].detach()
-            copies[k] = (
-                block[start : start + source.numel()].view(source.shape).data
-            )  # autograd counts its changes alone
+            # .data: autograd counts the changes of each alone
+            copies[k] = block[start : start + source.numel()].view(source.shape).data
             _fill(copies[k], source)
     return copies
 
