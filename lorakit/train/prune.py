@@ -19,6 +19,7 @@ from lorakit.attach.adapted import plain
 from lorakit.attach.alone import by_token
 from lorakit.attach.anatomy import blocks
 from lorakit.attach.group import apart
+from lorakit.attach.kinds import qualified
 from lorakit.data.pack import SEGMENTS, ends
 from lorakit.train.loss import Batch, LossSum, Objective
 from lorakit.train.prefix import standing_in
@@ -125,8 +126,7 @@ def _untouched(module: nn.Module) -> bool:
 
 
 def _qualified(module: nn.Module) -> str:
-    cls = plain(type(module))
-    return f"{cls.__module__}.{cls.__qualname__}"
+    return qualified(plain(type(module)))
 
 
 # -- what the heads read -----------------------------------------------------------------------------------------------
