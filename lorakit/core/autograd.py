@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.core.gemm import base_gradient, base_product, product
 from lorakit.errors import AdapterError
 
 SWITCHED = (
@@ -34,7 +35,8 @@ class LowRankLinear(torch.autograd.Function):
     """One frozen linear layer with one adapter. The weight gets no gradient; bias, A, Bt and x do where they want one.
 
     x: (..., in); weight: (out, in), or (in, out) where `transposed` (Hugging Face's Conv1D); A: (r, in); Bt: (r, out);
-    mark: a 0-dim CPU tensor that holds `epoch` (see check_epoch). A second derivative is refused by torch with an error.
+    exact: y's base part has the very bits of the layer alone (see lorakit.core.gemm.base_product). mark: a 0-dim CPU tensor
+    that holds `epoch` (see check_epoch). A second derivative is refused by torch with an error.
     """
 
     @staticmethod
@@ -47,16 +49,12 @@ class LowRankLinear(torch.autograd.Function):
         Bt: Tensor,
         scale: float,
         transposed: bool,
+        exact: bool,
         mark: Tensor,
         epoch: int,
     ) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        if transposed:
-            y = torch.addmm(bias, x2, weight) if bias is not None else x2 @ weight
-            y = y.view(*x.shape[:-1], y.shape[-1])
-        else:
-            y = torch.nn.functional.linear(x, weight, bias)
-        xa_t = A @ x2.t()  # (r, tokens)
+        y = base_product(x, weight, bias, transposed, exact)
+        xa_t = product(A, x.reshape(-1, x.shape[-1]))  # (r, tokens)
         y.view(-1, y.shape[-1]).addmm_(xa_t.t(), Bt, alpha=scale)
         ctx.save_for_backward(x, weight, A, Bt, xa_t, mark)
         ctx.scale, ctx.transposed, ctx.epoch = scale, transposed, epoch
@@ -71,17 +69,17 @@ class LowRankLinear(torch.autograd.Function):
         dy2, x2, scale = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), ctx.scale
         dx = dbias = dA = dBt = None
         if need_x or need_a:
-            dyb_t = Bt @ dy2.t()  # (r, tokens)
+            dyb_t = product(Bt, dy2)  # (r, tokens)
             if need_x:
-                dx = dy2 @ (weight.t() if ctx.transposed else weight)
+                dx = base_gradient(dy2, weight, ctx.transposed)
                 dx = dx.addmm_(dyb_t.t(), A, alpha=scale).view(x.shape)
             if need_a:
-                dA = (dyb_t @ x2).mul_(scale)
+                dA = product(dyb_t, x2.t()).mul_(scale)
         if need_b:
-            dBt = (xa_t @ dy2).mul_(scale)
+            dBt = product(xa_t, dy2.t()).mul_(scale)
         if need_bias:
             dbias = dy2.sum(0)
-        return dx, None, dbias, dA, dBt, None, None, None, None
+        return dx, None, dbias, dA, dBt, None, None, None, None, None
 
 
 class EpochGuard(torch.autograd.Function):

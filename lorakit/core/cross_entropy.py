@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.core import kernels
 from lorakit.core.delta import wide
+from lorakit.core.gemm import by_onednn, product
 
 CHUNK = 256  # rows; fewer make the products slow, more need memory for nothing
 
@@ -54,16 +55,18 @@ class GroupedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = hidden.new_zeros(hidden.shape[0], dtype=wide(hidden.dtype))  # a row each
-        buffer = hidden.new_empty(min(CHUNK, hidden.shape[0]), weight.shape[0])
+        own = by_onednn(hidden[:CHUNK], weight)  # it takes its memory itself
+        buffer = hidden.new_empty(0 if own else min(CHUNK, hidden.shape[0]), weight.shape[0])
         for start in range(0, hidden.shape[0], CHUNK):
             rows, wanted = hidden[start : start + CHUNK], labels[start : start + CHUNK, None]
-            logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
+            logits = product(rows, weight) if own else torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
             values = logits.to(losses.dtype)  # the buffer itself, but for half precision
             if bias is not None:
                 values += bias
             losses[start : start + CHUNK] = _row_losses(values, wanted, smoothing)
             if gradient is not None:
-                torch.mm(values.to(weight.dtype), weight, out=gradient[start : start + CHUNK])
+                gradient[start : start + CHUNK] = product(values.to(weight.dtype), weight.t())
+            del logits, values  # a chunk's are gone before the next one's come
         ctx.save_for_backward(gradient)
         ctx.counts = counts
         return torch.stack([part.sum() for part in torch.split(losses, list(counts))])

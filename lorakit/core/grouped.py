@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.core.autograd import check_epoch
-from lorakit.core.siblings import product
+from lorakit.core.gemm import base_gradient, base_product, product
 
 Span = tuple[int, int]
 
@@ -28,12 +28,14 @@ class Pair(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """weight: (out, in), or (in, out) where `transposed`. pairs: one a stretch; None = the base alone there."""
+    """weight: (out, in), or (in, out) where `transposed`. pairs: one a stretch; None = the base alone there. exact: see
+    lorakit.core.gemm.base_product."""
 
     weight: Tensor
     bias: Tensor | None
     transposed: bool
     pairs: tuple[Pair | None, ...]
+    exact: bool = True
 
 
 @lru_cache(maxsize=64)
@@ -56,7 +58,7 @@ def grouped_linear(
     """The outputs of all layers on x, (..., in). spans: the rows of x as (tokens, in) that each stretch takes, apart from
     each other. mark, epoch: see lorakit.core.autograd.check_epoch. A second derivative is refused by torch."""
     settings = tuple(
-        (one.transposed, tuple(None if pair is None else pair.scale for pair in one.pairs)) for one in layers
+        (one.transposed, one.exact, tuple(None if pair is None else pair.scale for pair in one.pairs)) for one in layers
     )
     tensors: list[Tensor | None] = []
     for one in layers:
@@ -70,17 +72,18 @@ class _Places(NamedTuple):
 
     weight: int
     transposed: bool
+    exact: bool
     pairs: tuple[tuple[int, float] | None, ...]
 
 
 def _places(settings: Any) -> list[_Places]:
     found, at = [], 0
-    for transposed, scales in settings:
+    for transposed, exact, scales in settings:
         weight, at, pairs = at, at + 2, []
         for scale in scales:
             pairs.append(None if scale is None else (at, scale))
             at += 0 if scale is None else 2
-        found.append(_Places(weight, transposed, tuple(pairs)))
+        found.append(_Places(weight, transposed, exact, tuple(pairs)))
     return found
 
 
@@ -96,7 +99,9 @@ class GroupedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, spans: tuple[Span, ...], settings: Any, mark: Tensor, epoch: int, *tensors: Any
     ) -> tuple[Tensor, ...]:
         x2, places = x.reshape(-1, x.shape[-1]), _places(settings)
-        outputs = [product(x, x2, tensors[one.weight], tensors[one.weight + 1], one.transposed) for one in places]
+        outputs = [
+            base_product(x, tensors[one.weight], tensors[one.weight + 1], one.transposed, one.exact) for one in places
+        ]
         flat = [y.view(-1, y.shape[-1]) for y in outputs]
         kept: list[Tensor | None] = []
         for k, (start, stop) in enumerate(spans):
@@ -104,7 +109,7 @@ class GroupedLinear(torch.autograd.Function):
             if not here:
                 kept.append(None)
                 continue
-            xa_t = _joined([tensors[at] for _, at, _ in here]) @ x2[start:stop].t()  # (sum of ranks, tokens)
+            xa_t = product(_joined([tensors[at] for _, at, _ in here]), x2[start:stop])  # (sum of ranks, tokens)
             low = 0
             for i, at, scale in here:
                 high = low + tensors[at].shape[0]
@@ -125,7 +130,7 @@ class GroupedLinear(torch.autograd.Function):
         places, x2 = _places(ctx.settings), x.reshape(-1, x.shape[-1])
         dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in grads]
         found: list[Tensor | None] = [None] * len(tensors)
-        dx = _base_gradient(places, tensors, dys) if ctx.needs_input_grad[0] else None
+        dx = _gradient_of_base(places, tensors, dys) if ctx.needs_input_grad[0] else None
         needs = ctx.needs_input_grad[5:]
         for k, (start, stop) in enumerate(ctx.spans):
             here = [(dys[i], *one.pairs[k]) for i, one in enumerate(places) if one.pairs[k] is not None]  # type: ignore[misc]
@@ -136,12 +141,12 @@ class GroupedLinear(torch.autograd.Function):
             for dy, at, scale in here:
                 high = low + tensors[at].shape[0]
                 if dy is not None:
-                    torch.mm(tensors[at + 1], dy[start:stop].t(), out=dyb_t[low:high]).mul_(scale)
+                    torch.mul(product(tensors[at + 1], dy[start:stop]), scale, out=dyb_t[low:high])
                     if needs[at + 1]:
-                        found[at + 1] = (xa_t[low:high] @ dy[start:stop]).mul_(scale)
+                        found[at + 1] = product(xa_t[low:high], dy[start:stop].t()).mul_(scale)
                 low = high
             if any(needs[at] for _, at, _ in here):
-                parts = (dyb_t @ x2[start:stop]).split([tensors[at].shape[0] for _, at, _ in here])
+                parts = product(dyb_t, x2[start:stop].t()).split([tensors[at].shape[0] for _, at, _ in here])
                 for (_, at, _), part in zip(here, parts, strict=True):
                     found[at] = part
             if dx is not None:
@@ -149,11 +154,10 @@ class GroupedLinear(torch.autograd.Function):
         return (None if dx is None else dx.view(x.shape), None, None, None, None, *found)
 
 
-def _base_gradient(places: list[_Places], tensors: Sequence[Any], dys: Sequence[Tensor | None]) -> Tensor | None:
+def _gradient_of_base(places: list[_Places], tensors: Sequence[Any], dys: Sequence[Tensor | None]) -> Tensor | None:
     """`sum of dy_i W_i` over the layers, (tokens, in)."""
     dx: Tensor | None = None
     for one, dy in zip(places, dys, strict=True):
         if dy is not None:
-            W = tensors[one.weight].t() if one.transposed else tensors[one.weight]
-            dx = dy @ W if dx is None else dx.addmm_(dy, W)
+            dx = base_gradient(dy, tensors[one.weight], one.transposed, dx)
     return dx

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.core.autograd import check_epoch
-from lorakit.core.siblings import Member, flattened, product
+from lorakit.core.gemm import base_gradient, base_product, product
+from lorakit.core.siblings import Member, Setting, flattened
 
 
 class Activation(NamedTuple):
@@ -49,7 +50,7 @@ class LowRankMLP(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        settings: tuple[tuple[float, bool], ...],
+        settings: tuple[Setting, ...],
         activation: str,
         mark: Tensor,
         epoch: int,
@@ -57,8 +58,8 @@ class LowRankMLP(torch.autograd.Function):
     ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])  # (tokens, in)
         hidden, xas = [], []
-        for i, (scale, transposed) in enumerate(settings[:-1]):
-            a, xa_t = _adapted(x2, tensors[4 * i : 4 * i + 4], scale, transposed)
+        for i, setting in enumerate(settings[:-1]):
+            a, xa_t = _adapted(x2, tensors[4 * i : 4 * i + 4], *setting)
             hidden.append(a)  # (tokens, inner)
             xas.append(xa_t)  # (r, tokens)
         h = _product_of(hidden, activation)
@@ -96,11 +97,11 @@ class LowRankMLP(torch.autograd.Function):
         return None if dx is None else dx.view(x.shape), None, None, None, None, *inner, *outer
 
 
-def _adapted(x2: Tensor, tensors: Any, scale: float, transposed: bool) -> tuple[Tensor, Tensor]:
+def _adapted(x2: Tensor, tensors: Any, scale: float, transposed: bool, exact: bool) -> tuple[Tensor, Tensor]:
     """(the layer's output, A x) on x2: (tokens, in)."""
     weight, bias, A, Bt = tensors
-    y = product(x2, x2, weight, bias, transposed)
-    xa_t = A @ x2.t()  # (r, tokens)
+    y = base_product(x2, weight, bias, transposed, exact)
+    xa_t = product(A, x2)  # (r, tokens)
     return y.addmm_(xa_t.t(), Bt, alpha=scale), xa_t
 
 
@@ -114,23 +115,21 @@ def _gradients(
     x2: Tensor,
     xa_t: Tensor,
     tensors: Any,
-    setting: tuple[float, bool],
+    setting: Setting,
     dx: Tensor | None,
     needs: tuple[bool, ...],
     want_dx: bool = True,
 ) -> tuple[Any, list[Tensor | None]]:
     """(dx, [None, dbias, dA, dBt]) of one layer. dx: what other layers of the same input added to its gradient."""
     weight, _, A, Bt = tensors
-    scale, transposed = setting
-    dyb_t = (Bt @ dy.t()).mul_(scale)  # (r, tokens)
+    scale, transposed, _ = setting
+    dyb_t = product(Bt, dy).mul_(scale)  # (r, tokens)
     if want_dx:
-        W = weight.t() if transposed else weight
-        dx = dy @ W if dx is None else dx.addmm_(dy, W)
-        dx.addmm_(dyb_t.t(), A)
+        dx = base_gradient(dy, weight, transposed, dx).addmm_(dyb_t.t(), A)
     need_bias, need_a, need_b = needs
     return dx, [
         None,
         dy.sum(0) if need_bias else None,
-        dyb_t @ x2 if need_a else None,
-        (xa_t @ dy).mul_(scale) if need_b else None,
+        product(dyb_t, x2.t()) if need_a else None,
+        product(xa_t, dy.t()).mul_(scale) if need_b else None,
     ]

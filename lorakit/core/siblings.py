@@ -12,10 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.core.autograd import check_epoch
 from lorakit.core.dropout import keep_mask
+from lorakit.core.gemm import base_gradient, base_product, product
 
 
 class Member(NamedTuple):
-    """One layer. weight: (out, in), or (in, out) where `transposed`; A: (r, in); Bt: (r, out)."""
+    """One layer. weight: (out, in), or (in, out) where `transposed`; A: (r, in); Bt: (r, out). exact: see
+    lorakit.core.gemm.base_product."""
 
     weight: Tensor
     bias: Tensor | None
@@ -23,12 +25,16 @@ class Member(NamedTuple):
     Bt: Tensor
     scale: float
     transposed: bool
+    exact: bool = True
 
 
-def flattened(members: list[Member]) -> tuple[tuple[tuple[float, bool], ...], list[Tensor | None]]:
-    """((scale, transposed) a member, [weight, bias, A, Bt a member]): autograd looks for tensors in no nested argument."""
+Setting = tuple[float, bool, bool]
+
+
+def flattened(members: list[Member]) -> tuple[tuple[Setting, ...], list[Tensor | None]]:
+    """((scale, transposed, exact) a member, [weight, bias, A, Bt a member]): autograd looks for tensors in no nested argument."""
     tensors = [tensor for one in members for tensor in (one.weight, one.bias, one.A, one.Bt)]
-    return tuple((one.scale, one.transposed) for one in members), tensors
+    return tuple((one.scale, one.transposed, one.exact) for one in members), tensors
 
 
 def low_rank_siblings(x: Tensor, members: list[Member], dropout: float, mark: Tensor, epoch: int) -> tuple[Tensor, ...]:
@@ -45,7 +51,7 @@ class LowRankSiblings(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        settings: tuple[tuple[float, bool], ...],
+        settings: tuple[Setting, ...],
         dropout: float,
         mark: Tensor,
         epoch: int,
@@ -55,11 +61,11 @@ class LowRankSiblings(torch.autograd.Function):
         As: Any = tensors[2::4]
         A = torch.cat(As) if len(As) > 1 else As[0]  # (sum of ranks, in)
         keep, factor = keep_mask(x2, dropout) if dropout else (None, 1.0)
-        xa_t = A @ (x2 if keep is None else x2 * keep).t()  # (sum of ranks, tokens)
+        xa_t = product(A, x2 if keep is None else x2 * keep)  # (sum of ranks, tokens)
         outputs, start = [], 0
-        for i, (scale, transposed) in enumerate(settings):
+        for i, (scale, transposed, exact) in enumerate(settings):
             weight, bias, own, Bt = tensors[4 * i : 4 * i + 4]
-            y = product(x, x2, weight, bias, transposed)  # type: ignore[arg-type]
+            y = base_product(x, weight, bias, transposed, exact)  # type: ignore[arg-type]
             end = start + own.shape[0]  # type: ignore[union-attr]
             y.view(-1, y.shape[-1]).addmm_(xa_t[start:end].t(), Bt, alpha=scale * factor)  # type: ignore[arg-type]
             outputs.append(y)
@@ -81,34 +87,25 @@ class LowRankSiblings(torch.autograd.Function):
         found: list[Tensor | None] = [None] * len(tensors)
         dyb_t = torch.zeros_like(xa_t) if any(dy is None for dy in dys) else torch.empty_like(xa_t)
         dx, start = None, 0
-        for i, (scale, transposed) in enumerate(ctx.settings):
+        for i, (scale, transposed, _) in enumerate(ctx.settings):
             weight, _, A, Bt = tensors[4 * i : 4 * i + 4]
             dy, rows = dys[i], slice(start, start + A.shape[0])
             start = rows.stop
             if dy is None:
                 continue
-            torch.mm(Bt, dy.t(), out=dyb_t[rows]).mul_(scale * ctx.factor)
+            torch.mul(product(Bt, dy), scale * ctx.factor, out=dyb_t[rows])
             if needs[0]:
-                W = weight.t() if transposed else weight
-                dx = dy @ W if dx is None else dx.addmm_(dy, W)
+                dx = base_gradient(dy, weight, transposed, dx)
             if needs[5 + 4 * i + 1]:
                 found[4 * i + 1] = dy.sum(0)
             if needs[5 + 4 * i + 3]:
-                found[4 * i + 3] = (xa_t[rows] @ dy).mul_(scale * ctx.factor)
+                found[4 * i + 3] = product(xa_t[rows], dy.t()).mul_(scale * ctx.factor)
         if any(needs[5 + 4 * i + 2] for i in range(len(As))):
-            dA = dyb_t @ (x2 if keep is None else x2 * keep)
+            dA = product(dyb_t, (x2 if keep is None else x2 * keep).t())
             found[2::4] = list(dA.split([A.shape[0] for A in As]))
         if dx is not None:
             dx = _low_rank_gradient(dx, dyb_t, As, keep).view(x.shape)
         return dx, None, None, None, None, *found
-
-
-def product(x: Tensor, x2: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """The plain layer's output on x, of which x2 is the (tokens, in) view."""
-    if not transposed:
-        return torch.nn.functional.linear(x, weight, bias)
-    y = torch.addmm(bias, x2, weight) if bias is not None else x2 @ weight
-    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _low_rank_gradient(dx: Tensor, dyb_t: Tensor, As: list[Tensor], keep: Tensor | None) -> Tensor:

@@ -107,12 +107,16 @@ class LinearKind(LeafKind):
         return own is not None and own.dropout == low.dropout and self.fusable(leaf, site, x)
 
     def member(self, leaf: nn.Module, dtype: torch.dtype) -> Member:
-        """The leaf as an autograd function takes it, with its one active pair in `dtype`."""
+        """The leaf as an autograd function takes it, with its one active pair in `dtype`.
+
+        In evaluation a fresh adapter changes no bit of the output; in training the base's product may round otherwise.
+        """
         site: Site = leaf._lk_site  # type: ignore[assignment]
         low: LowRank = site.active[0].low  # type: ignore[assignment]
         A, Bt = low.factors(leaf)
         weight: Tensor = leaf.weight  # type: ignore[assignment]
-        return Member(weight, leaf.bias, A.to(dtype), Bt.to(dtype), low.scale, self.transposed)  # type: ignore[arg-type]
+        exact = not leaf.training
+        return Member(weight, leaf.bias, A.to(dtype), Bt.to(dtype), low.scale, self.transposed, exact)  # type: ignore[arg-type]
 
     # -- rows of one batch that take different adapters, in training --------------------------------------------------
 
@@ -156,7 +160,7 @@ class LinearKind(LeafKind):
             pairs.append(None if low is None else Pair(A.to(x.dtype), Bt.to(x.dtype), low.scale))  # type: ignore[union-attr]
         repeat = x.numel() // x.shape[-1] // rows
         weight: Tensor = leaf.weight  # type: ignore[assignment]
-        return [(a * repeat, b * repeat) for _, a, b in found], Layer(weight, bias, self.transposed, tuple(pairs))
+        return [(a * repeat, b * repeat) for _, a, b in found], Layer(weight, bias, self.transposed, tuple(pairs), not leaf.training)
 
     def fusable(self, leaf: nn.Module, site: Site, x: Tensor) -> bool:
         """The fused functions compute the stock product themselves: only for a plain, dense, frozen weight of x's type."""
