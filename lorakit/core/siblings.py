@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.core.autograd import check_epoch
-from lorakit.core.dropout import keep_mask
+from lorakit.core.dropout import keep_mask, kept
 from lorakit.core.gemm import base_gradient, base_product, product
 
 
@@ -61,7 +61,7 @@ class LowRankSiblings(torch.autograd.Function):
         As: Any = tensors[2::4]
         A = torch.cat(As) if len(As) > 1 else As[0]  # (sum of ranks, in)
         keep, factor = keep_mask(x2, dropout) if dropout else (None, 1.0)
-        xa_t = product(A, x2 if keep is None else x2 * keep)  # (sum of ranks, tokens)
+        xa_t = product(A, kept(x2, keep))  # (sum of ranks, tokens)
         outputs, start = [], 0
         for i, (scale, transposed, exact) in enumerate(settings):
             weight, bias, own, Bt = tensors[4 * i : 4 * i + 4]
@@ -101,7 +101,7 @@ class LowRankSiblings(torch.autograd.Function):
             if needs[5 + 4 * i + 3]:
                 found[4 * i + 3] = product(xa_t[rows], dy.t()).mul_(scale * ctx.factor)
         if any(needs[5 + 4 * i + 2] for i in range(len(As))):
-            dA = product(dyb_t, (x2 if keep is None else x2 * keep).t())
+            dA = product(dyb_t, kept(x2, keep).t())
             found[2::4] = list(dA.split([A.shape[0] for A in As]))
         if dx is not None:
             dx = _low_rank_gradient(dx, dyb_t, As, keep).view(x.shape)
