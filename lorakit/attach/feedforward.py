@@ -70,7 +70,8 @@ def _forward_of(base: type[nn.Module], form: Feedforward) -> Callable[..., Any]:
     base_forward = base.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if kernels.fused and torch.is_grad_enabled() and len(args) == 1 and not kwargs:
+        # Without gradients too in training: a reentrant checkpoint's first pass must draw what its recompute draws.
+        if kernels.fused and (torch.is_grad_enabled() or self.training) and len(args) == 1 and not kwargs:
             y = None if torch.compiler.is_compiling() else _fused(self, form, args[0])
             if y is not None:
                 return y
@@ -87,27 +88,30 @@ def _fused(module: nn.Module, form: Feedforward, x: Tensor) -> Tensor | None:
     kind = None if leaves[0] is None else low_rank_kind(type(leaves[0]))
     if activation is None or not isinstance(kind, LinearKind):
         return None
-    members = []
+    members, dropouts = [], set()
     for leaf in leaves:
         if leaf is None or low_rank_kind(type(leaf)) is not kind or not _ready(leaf, kind, x):
             return None
         members.append(kind.member(leaf, x.dtype))
+        dropouts.add(kind.dropout(leaf))
+    if len(dropouts) > 1 or not (torch.is_grad_enabled() or any(dropouts)):
+        return None
     for leaf in leaves:
         attend(leaf._lk_site)  # type: ignore[union-attr,arg-type]
     site: Any = leaves[-1]._lk_site  # type: ignore[union-attr]
-    y = low_rank_mlp(x, members[:-1], members[-1], activation, site.mark, site.epoch)
+    y = low_rank_mlp(x, members[:-1], members[-1], activation, site.mark, site.epoch, dropouts.pop())
     dropout = None if form.dropout is None else children[form.dropout]
     return y if dropout is None else dropout(y)
 
 
 def _ready(leaf: nn.Module, kind: LinearKind, x: Tensor) -> bool:
-    """Whether a leaf is adapted by one plain pair, without dropout, and nobody listens to its own forward."""
+    """Whether a leaf is adapted by one plain pair, and nobody listens to its own forward."""
     site: Any = leaf.__dict__.get("_lk_site")
     low = None if site is None else kind.only_pair(site)
     heard = leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks
     if low is None or site.inserts:
         return False
-    return not heard and not (low.dropout and leaf.training) and kind.fusable(leaf, site, x)
+    return not heard and kind.fusable(leaf, site, x)
 
 
 def _activation(module: nn.Module | None, training: bool) -> str | None:

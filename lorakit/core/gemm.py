@@ -26,7 +26,8 @@ SKINNY = 64  # rows up to which oneDNN's AVX2 kernels read a weight in either or
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x weight^T + bias`, outside of autograd. x: (rows, in); weight: (out, in), in any strides; returns (rows, out)."""
     if by_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return y
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -68,17 +69,18 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def library() -> str:
-    """"torch" or "onednn": what large products in float32 on this CPU are computed by. Raises UsageError for an unknown
+    """ "torch" or "onednn": what large products in float32 on this CPU are computed by. Raises UsageError for an unknown
     LORAKIT_GEMM, and for `onednn` where this torch has none."""
     asked = os.environ.get("LORAKIT_GEMM", "auto")
     if asked not in NAMES:
         raise UsageError(f"LORAKIT_GEMM={asked!r}: expected one of {', '.join(NAMES)}.")
-    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
     if asked == "onednn" and not there:
         raise UsageError("LORAKIT_GEMM=onednn: this build of torch has no oneDNN. Take auto or torch.")
     if asked != "auto":
         return asked
-    return "onednn" if there and torch.backends.mkl.is_available() and "Intel" not in processor() else "torch"
+    mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return "onednn" if there and mkl and "Intel" not in processor() else "torch"
 
 
 def processor() -> str:

@@ -146,7 +146,8 @@ class GroupedLinear(torch.autograd.Function):
                         found[at + 1] = product(xa_t[low:high], dy[start:stop].t()).mul_(scale)
                 low = high
             if any(needs[at] for _, at, _ in here):
-                parts = product(dyb_t, x2[start:stop].t()).split([tensors[at].shape[0] for _, at, _ in here])
+                dA = product(dyb_t, x2[start:stop].t())
+                parts = torch.split(dA, [tensors[at].shape[0] for _, at, _ in here])
                 for (_, at, _), part in zip(here, parts, strict=True):
                     found[at] = part
             if dx is not None:

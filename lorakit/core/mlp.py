@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.core.autograd import check_epoch
-from lorakit.core.gemm import base_gradient, base_product, product
-from lorakit.core.siblings import Member, Setting, flattened
+from lorakit.core.dropout import keep_mask
+from lorakit.core.siblings import Member, Setting, a_gradients, flattened, gradients_of, outputs_of
+
+ROWS = 256  # tokens whose gating goes backward at once: what five passes share then stays in a cache
 
 
 class Activation(NamedTuple):
@@ -37,10 +39,15 @@ ACTIVATIONS = {
 }
 
 
-def low_rank_mlp(x: Tensor, inner: list[Member], outer: Member, activation: str, mark: Tensor, epoch: int) -> Tensor:
-    """D(act(G(x)) * U(x)) for inner = [G, U], D(act(U(x))) for inner = [U]. x: (..., in) -> (..., out)."""
+def low_rank_mlp(
+    x: Tensor, inner: list[Member], outer: Member, activation: str, mark: Tensor, epoch: int, dropout: float = 0.0
+) -> Tensor:
+    """D(act(G(x)) * U(x)) for inner = [G, U], D(act(U(x))) for inner = [U]. x: (..., in) -> (..., out).
+
+    dropout: of the low-rank products' inputs, the one that G and U share and D's; 0 outside training.
+    """
     settings, tensors = flattened([*inner, outer])
-    return LowRankMLP.apply(x, settings, activation, mark, epoch, *tensors)  # type: ignore[no-any-return,no-untyped-call]
+    return LowRankMLP.apply(x, settings, activation, dropout, mark, epoch, *tensors)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class LowRankMLP(torch.autograd.Function):
@@ -52,84 +59,55 @@ class LowRankMLP(torch.autograd.Function):
         x: Tensor,
         settings: tuple[Setting, ...],
         activation: str,
+        dropout: float,
         mark: Tensor,
         epoch: int,
         *tensors: Any,
     ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        hidden, xas = [], []
-        for i, setting in enumerate(settings[:-1]):
-            a, xa_t = _adapted(x2, tensors[4 * i : 4 * i + 4], *setting)
-            hidden.append(a)  # (tokens, inner)
-            xas.append(xa_t)  # (r, tokens)
-        h = _product_of(hidden, activation)
-        y, ha_t = _adapted(h, tensors[-4:], *settings[-1])
-        ctx.save_for_backward(x, ha_t, mark, *hidden, *xas, *tensors)
-        ctx.settings, ctx.activation, ctx.epoch = settings, activation, epoch
+        keep_x, factor = keep_mask(x2, dropout) if dropout else (None, 1.0)
+        hidden, xa_t = outputs_of(x2, settings[:-1], tensors[:-4], keep_x, factor)  # (tokens, inner) each
+        h = ACTIVATIONS[activation].forward(hidden[0])
+        if len(hidden) == 2:
+            h.mul_(hidden[1])
+        keep_h = keep_mask(h, dropout)[0] if dropout else None
+        (y,), ha_t = outputs_of(h, settings[-1:], tensors[-4:], keep_h, factor)
+        ctx.save_for_backward(x, xa_t, ha_t, keep_x, keep_h, mark, *hidden, *tensors)
+        ctx.settings, ctx.activation, ctx.factor, ctx.epoch = settings, activation, factor, epoch
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, ha_t, mark, *rest = ctx.saved_tensors
+        x, xa_t, ha_t, keep_x, keep_h, mark, *rest = ctx.saved_tensors
         check_epoch(mark, ctx.epoch)
-        n, settings = len(ctx.settings) - 1, ctx.settings
-        hidden, xas, tensors = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        n, settings, factor = len(ctx.settings) - 1, ctx.settings, ctx.factor
+        hidden, tensors = rest[:n], rest[n:]
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        act = ACTIVATIONS[ctx.activation]
-        first = act.forward(hidden[0])
-        h = first * hidden[1] if n == 2 else first
-        dh, outer = _gradients(dy2, h, ha_t, tensors[-4:], settings[-1], None, ctx.needs_input_grad[-3:])
+        dh, dyb_t, outer = gradients_of(
+            [dy2], ha_t, settings[-1:], tensors[-4:], keep_h, factor, True, needs[-4:]
+        )  # dh: (tokens, inner)
+        h, das = _activated(ACTIVATIONS[ctx.activation], hidden, dh)
+        if needs[-2]:
+            outer[2::4] = a_gradients(dyb_t, h, keep_h, tensors[-4:])
         del h
-        inner: list[Tensor | None] = []
-        if n == 2:
-            das = [act.backward(dh * hidden[1], hidden[0]), dh.mul_(first)]
-        else:
-            das = [act.backward(dh, hidden[0])]
-        del first
-        dx: Tensor | None = None
-        for i, da in enumerate(das):
-            needs = ctx.needs_input_grad[5 + 4 * i + 1 : 5 + 4 * i + 4]
-            want = ctx.needs_input_grad[0]
-            own = tensors[4 * i : 4 * i + 4]
-            dx, found = _gradients(da, x2, xas[i], own, settings[i], dx, needs, want)
-            inner += found
-        return None if dx is None else dx.view(x.shape), None, None, None, None, *inner, *outer
+        dx, dyb_t, inner = gradients_of(das, xa_t, settings[:-1], tensors[:-4], keep_x, factor, need_x, needs[:-4])
+        if any(needs[2:-4:4]):
+            inner[2::4] = a_gradients(dyb_t, x2, keep_x, tensors[:-4])
+        return None if dx is None else dx.view(x.shape), None, None, None, None, None, *inner, *outer
 
 
-def _adapted(x2: Tensor, tensors: Any, scale: float, transposed: bool, exact: bool) -> tuple[Tensor, Tensor]:
-    """(the layer's output, A x) on x2: (tokens, in)."""
-    weight, bias, A, Bt = tensors
-    y = base_product(x2, weight, bias, transposed, exact)
-    xa_t = product(A, x2)  # (r, tokens)
-    return y.addmm_(xa_t.t(), Bt, alpha=scale), xa_t
-
-
-def _product_of(hidden: list[Tensor], activation: str) -> Tensor:
-    h = ACTIVATIONS[activation].forward(hidden[0])
-    return h.mul_(hidden[1]) if len(hidden) == 2 else h
-
-
-def _gradients(
-    dy: Tensor,
-    x2: Tensor,
-    xa_t: Tensor,
-    tensors: Any,
-    setting: Setting,
-    dx: Tensor | None,
-    needs: tuple[bool, ...],
-    want_dx: bool = True,
-) -> tuple[Any, list[Tensor | None]]:
-    """(dx, [None, dbias, dA, dBt]) of one layer. dx: what other layers of the same input added to its gradient."""
-    weight, _, A, Bt = tensors
-    scale, transposed, _ = setting
-    dyb_t = product(Bt, dy).mul_(scale)  # (r, tokens)
-    if want_dx:
-        dx = base_gradient(dy, weight, transposed, dx).addmm_(dyb_t.t(), A)
-    need_bias, need_a, need_b = needs
-    return dx, [
-        None,
-        dy.sum(0) if need_bias else None,
-        product(dyb_t, x2.t()) if need_a else None,
-        product(xa_t, dy.t()).mul_(scale) if need_b else None,
-    ]
+def _activated(act: Activation, hidden: list[Tensor], dh: Any) -> tuple[Tensor, list[Tensor]]:
+    """(h, the gradients of the tensors in `hidden`) from that of h, which is overwritten."""
+    if len(hidden) == 1:
+        return act.forward(hidden[0]), [act.backward(dh, hidden[0])]
+    h, da = torch.empty_like(dh), torch.empty_like(dh)
+    for start in range(0, len(dh), ROWS):
+        rows = slice(start, start + ROWS)
+        gate, up, grad = hidden[0][rows], hidden[1][rows], dh[rows]
+        first = act.forward(gate)
+        torch.mul(first, up, out=h[rows])
+        da[rows] = act.backward(grad * up, gate)
+        grad.mul_(first)
+    return h, [da, dh]

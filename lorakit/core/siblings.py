@@ -4,6 +4,7 @@
 computes all `A_i x` in one product, and writes the n gradients of x into one tensor instead of adding n up.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,19 +58,8 @@ class LowRankSiblings(torch.autograd.Function):
         epoch: int,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        x2 = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        As: Any = tensors[2::4]
-        A = torch.cat(As) if len(As) > 1 else As[0]  # (sum of ranks, in)
-        keep, factor = keep_mask(x2, dropout) if dropout else (None, 1.0)
-        xa_t = product(A, kept(x2, keep))  # (sum of ranks, tokens)
-        outputs, start = [], 0
-        for i, (scale, transposed, exact) in enumerate(settings):
-            weight, bias, own, Bt = tensors[4 * i : 4 * i + 4]
-            y = base_product(x, weight, bias, transposed, exact)  # type: ignore[arg-type]
-            end = start + own.shape[0]  # type: ignore[union-attr]
-            y.view(-1, y.shape[-1]).addmm_(xa_t[start:end].t(), Bt, alpha=scale * factor)  # type: ignore[arg-type]
-            outputs.append(y)
-            start = end
+        keep, factor = keep_mask(x.reshape(-1, x.shape[-1]), dropout) if dropout else (None, 1.0)
+        outputs, xa_t = outputs_of(x, settings, tensors, keep, factor)
         ctx.save_for_backward(x, xa_t, keep, mark, *tensors)
         ctx.settings, ctx.factor, ctx.epoch = settings, factor, epoch
         ctx.set_materialize_grads(False)
@@ -80,37 +70,74 @@ class LowRankSiblings(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, xa_t, keep, mark, *tensors = ctx.saved_tensors
         check_epoch(mark, ctx.epoch)
-        x2 = x.reshape(-1, x.shape[-1])
         dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in grads]
-        needs = ctx.needs_input_grad
-        As = tensors[2::4]
-        found: list[Tensor | None] = [None] * len(tensors)
-        dyb_t = torch.zeros_like(xa_t) if any(dy is None for dy in dys) else torch.empty_like(xa_t)
-        dx, start = None, 0
-        for i, (scale, transposed, _) in enumerate(ctx.settings):
-            weight, _, A, Bt = tensors[4 * i : 4 * i + 4]
-            dy, rows = dys[i], slice(start, start + A.shape[0])
-            start = rows.stop
-            if dy is None:
-                continue
-            torch.mul(product(Bt, dy), scale * ctx.factor, out=dyb_t[rows])
-            if needs[0]:
-                dx = base_gradient(dy, weight, transposed, dx)
-            if needs[5 + 4 * i + 1]:
-                found[4 * i + 1] = dy.sum(0)
-            if needs[5 + 4 * i + 3]:
-                found[4 * i + 3] = product(xa_t[rows], dy.t()).mul_(scale * ctx.factor)
-        if any(needs[5 + 4 * i + 2] for i in range(len(As))):
-            dA = product(dyb_t, kept(x2, keep).t())
-            found[2::4] = list(dA.split([A.shape[0] for A in As]))
-        if dx is not None:
-            dx = _low_rank_gradient(dx, dyb_t, As, keep).view(x.shape)
-        return dx, None, None, None, None, *found
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        dx, dyb_t, found = gradients_of(dys, xa_t, ctx.settings, tensors, keep, ctx.factor, need_x, needs)
+        if any(needs[2::4]):
+            found[2::4] = a_gradients(dyb_t, x.reshape(-1, x.shape[-1]), keep, tensors)
+        return None if dx is None else dx.view(x.shape), None, None, None, None, *found
 
 
-def _low_rank_gradient(dx: Tensor, dyb_t: Tensor, As: list[Tensor], keep: Tensor | None) -> Tensor:
-    """dx with what the low-rank products add: `(B^T dy^T)^T A`, where dropout kept the entry."""
-    A = torch.cat(As) if len(As) > 1 else As[0]
-    if keep is None:
-        return dx.addmm_(dyb_t.t(), A)
-    return dx.addcmul_(dyb_t.t() @ A, keep.to(dx.dtype))
+def outputs_of(
+    x: Tensor, settings: Sequence[Setting], tensors: Sequence[Any], keep: Tensor | None, factor: float
+) -> tuple[list[Tensor], Tensor]:
+    """(each member's output on x, `A d(x)` of all members one below the other, (sum of ranks, tokens)).
+
+    settings, tensors: as `flattened` gives them. keep, factor: see lorakit.core.dropout.keep_mask.
+    """
+    xa_t = product(_joined(tensors[2::4]), kept(x.reshape(-1, x.shape[-1]), keep))
+    outputs, start = [], 0
+    for i, (scale, transposed, exact) in enumerate(settings):
+        weight, bias, A, Bt = tensors[4 * i : 4 * i + 4]
+        y = base_product(x, weight, bias, transposed, exact)
+        end = start + A.shape[0]
+        y.view(-1, y.shape[-1]).addmm_(xa_t[start:end].t(), Bt, alpha=scale * factor)
+        outputs.append(y)
+        start = end
+    return outputs, xa_t
+
+
+def gradients_of(
+    dys: Sequence[Tensor | None],
+    xa_t: Tensor,
+    settings: Sequence[Setting],
+    tensors: Sequence[Any],
+    keep: Tensor | None,
+    factor: float,
+    need_x: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
+    """(the gradient of x as (tokens, in), `s B^T dy^T` of all members one below the other, the gradients of the tensors but
+    for those of the A's, see a_gradients). dys: (tokens, out) a member, None where its output was not used; needs: one flag
+    a tensor."""
+    found: list[Tensor | None] = [None] * len(tensors)
+    dyb_t = torch.zeros_like(xa_t) if any(dy is None for dy in dys) else torch.empty_like(xa_t)
+    dx, start = None, 0
+    for i, (dy, (scale, transposed, _)) in enumerate(zip(dys, settings, strict=True)):
+        weight, _, A, Bt = tensors[4 * i : 4 * i + 4]
+        rows = slice(start, start + A.shape[0])
+        start = rows.stop
+        if dy is None:
+            continue
+        torch.mul(product(Bt, dy), scale * factor, out=dyb_t[rows])
+        if need_x:
+            dx = base_gradient(dy, weight, transposed, dx)
+        if needs[4 * i + 1]:
+            found[4 * i + 1] = dy.sum(0)
+        if needs[4 * i + 3]:
+            found[4 * i + 3] = product(xa_t[rows], dy.t()).mul_(scale * factor)
+    if dx is not None and keep is None:
+        dx.addmm_(dyb_t.t(), _joined(tensors[2::4]))
+    elif dx is not None:
+        dx.addcmul_(dyb_t.t() @ _joined(tensors[2::4]), keep.to(dx.dtype))  # type: ignore[union-attr]
+    return dx, dyb_t, found
+
+
+def a_gradients(dyb_t: Tensor, x2: Tensor, keep: Tensor | None, tensors: Sequence[Any]) -> list[Tensor]:
+    """The gradients of the members' A's, `(s B^T dy^T) d(x)`. dyb_t: see gradients_of; x2: (tokens, in)."""
+    dA = product(dyb_t, kept(x2, keep).t())
+    return list(torch.split(dA, [A.shape[0] for A in tensors[2::4]]))
+
+
+def _joined(As: Sequence[Tensor]) -> Tensor:
+    return torch.cat(tuple(As)) if len(As) > 1 else As[0]

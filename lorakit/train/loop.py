@@ -279,7 +279,7 @@ def _accelerator(config: TrainConfig) -> "Accelerator":
         raise UsageError(
             "train.precision fp16 needs a GPU, and there is none here. Use fp32 (or bf16 where the CPU has it)."
         )
-    if precision == "bf16" and not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if precision == "bf16" and not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported():
         warnings.warn(
             "this CPU has no bf16 arithmetic: train.precision bf16 will be many times slower than fp32.", stacklevel=4
         )

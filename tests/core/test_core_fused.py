@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lorakit.core import mlp
 from lorakit.core.dropout import keep_mask
 from lorakit.core.mlp import low_rank_mlp
 from lorakit.core.siblings import Member, low_rank_siblings
@@ -85,6 +86,30 @@ def test_the_feed_forward_part_is_its_layers(activation, gated, transposed):
     h = ACTS[activation](plain(x, inner[0]))
     theirs = plain(h * plain(x, inner[1]) if gated else h, outer)
     agree([ours], [theirs], [x, *learnt([*inner, outer])])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_feed_forward_part_drops_what_its_layers_would(gated):
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    inner, outer = [member(8, 7, False) for _ in range(1 + gated)], member(7, 8, False)
+    torch.manual_seed(2)
+    ours = low_rank_mlp(x, inner, outer, "silu", MARK, 1, 0.4)
+    torch.manual_seed(2)
+    keep, factor = keep_mask(x.reshape(-1, 8), 0.4)
+    dropped = x * keep.view(x.shape) * factor
+    h = F.silu(plain(x, inner[0], dropped))
+    h = h * plain(x, inner[1], dropped) if gated else h
+    keep, factor = keep_mask(h.reshape(-1, 7), 0.4)
+    assert not keep.all()
+    agree([ours], [plain(h, outer, h * keep.view(h.shape) * factor)], [x, *learnt([*inner, outer])])
+
+
+def test_gating_in_several_stretches_is_gating(monkeypatch):
+    monkeypatch.setattr(mlp, "ROWS", 4)
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)  # 10 tokens: 4, 4 and 2
+    inner, outer = [member(8, 7, False) for _ in range(2)], member(7, 8, False)
+    theirs = plain(F.silu(plain(x, inner[0])) * plain(x, inner[1]), outer)
+    agree([low_rank_mlp(x, inner, outer, "silu", MARK, 1)], [theirs], [x, *learnt([*inner, outer])])
 
 
 def test_a_second_derivative_is_refused():

@@ -84,7 +84,7 @@ class LinearKind(LeafKind):
 
     def _recorded(self, leaf: nn.Module, site: Site, x: Tensor, low: LowRank) -> Tensor:
         """In one autograd node, with the layers that share the input where there are any."""
-        dropout = low.dropout if leaf.training else 0.0
+        dropout = self.dropout(leaf)
         group = site.group
         if group is not None and group.whole:
             y = group.taken(leaf, x)
@@ -117,6 +117,12 @@ class LinearKind(LeafKind):
         weight: Tensor = leaf.weight  # type: ignore[assignment]
         exact = not leaf.training
         return Member(weight, leaf.bias, A.to(dtype), Bt.to(dtype), low.scale, self.transposed, exact)  # type: ignore[arg-type]
+
+    def dropout(self, leaf: nn.Module) -> float:
+        """The probability with which the leaf's one active pair drops an input now."""
+        site: Site = leaf._lk_site  # type: ignore[assignment]
+        low: LowRank = site.active[0].low  # type: ignore[assignment]
+        return low.dropout if leaf.training else 0.0
 
     # -- rows of one batch that take different adapters, in training --------------------------------------------------
 
@@ -160,7 +166,8 @@ class LinearKind(LeafKind):
             pairs.append(None if low is None else Pair(A.to(x.dtype), Bt.to(x.dtype), low.scale))  # type: ignore[union-attr]
         repeat = x.numel() // x.shape[-1] // rows
         weight: Tensor = leaf.weight  # type: ignore[assignment]
-        return [(a * repeat, b * repeat) for _, a, b in found], Layer(weight, bias, self.transposed, tuple(pairs), not leaf.training)
+        layer = Layer(weight, bias, self.transposed, tuple(pairs), exact=not leaf.training)
+        return [(a * repeat, b * repeat) for _, a, b in found], layer
 
     def fusable(self, leaf: nn.Module, site: Site, x: Tensor) -> bool:
         """The fused functions compute the stock product themselves: only for a plain, dense, frozen weight of x's type."""
