@@ -54,7 +54,8 @@ class LowRankLinear(torch.autograd.Function):
         epoch: int,
     ) -> Tensor:
         y = base_product(x, weight, bias, transposed, exact)
-        xa_t = product(A, x.reshape(-1, x.shape[-1]))  # (r, tokens)
+        x2 = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        xa_t = product(A, x2, tokens=len(x2))  # (r, tokens)
         y.view(-1, y.shape[-1]).addmm_(xa_t.t(), Bt, alpha=scale)
         ctx.save_for_backward(x, weight, A, Bt, xa_t, mark)
         ctx.scale, ctx.transposed, ctx.epoch = scale, transposed, epoch
@@ -69,14 +70,14 @@ class LowRankLinear(torch.autograd.Function):
         dy2, x2, scale = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), ctx.scale
         dx = dbias = dA = dBt = None
         if need_x or need_a:
-            dyb_t = product(Bt, dy2)  # (r, tokens)
+            dyb_t = product(Bt, dy2, tokens=len(dy2))  # (r, tokens)
             if need_x:
                 dx = base_gradient(dy2, weight, ctx.transposed)
                 dx = dx.addmm_(dyb_t.t(), A, alpha=scale).view(x.shape)
             if need_a:
-                dA = product(dyb_t, x2.t()).mul_(scale)
+                dA = product(dyb_t, x2.t(), tokens=len(x2)).mul_(scale)
         if need_b:
-            dBt = product(xa_t, dy2.t()).mul_(scale)
+            dBt = product(xa_t, dy2.t(), tokens=len(dy2)).mul_(scale)
         if need_bias:
             dbias = dy2.sum(0)
         return dx, None, dbias, dA, dBt, None, None, None, None, None

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.core import kernels
 from lorakit.core.delta import wide
-from lorakit.core.gemm import by_onednn, product
+from lorakit.core.gemm import aligned, by_onednn, product
 
 CHUNK = 256  # rows; fewer make the products slow, more need memory for nothing
 
@@ -55,11 +55,15 @@ class GroupedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = hidden.new_zeros(hidden.shape[0], dtype=wide(hidden.dtype))  # a row each
-        own = by_onednn(hidden[:CHUNK], weight)  # it takes its memory itself
+        own = by_onednn(hidden[:CHUNK], weight, CHUNK)  # it takes its memory itself
         buffer = hidden.new_empty(0 if own else min(CHUNK, hidden.shape[0]), weight.shape[0])
         for start in range(0, hidden.shape[0], CHUNK):
             rows, wanted = hidden[start : start + CHUNK], labels[start : start + CHUNK, None]
-            logits = product(rows, weight) if own else torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
+            if own:
+                more = aligned(rows.shape[0]) - rows.shape[0]
+                logits = product(torch.nn.functional.pad(rows, (0, 0, 0, more)), weight)[: rows.shape[0]]
+            else:
+                logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
             values = logits.to(losses.dtype)  # the buffer itself, but for half precision
             if bias is not None:
                 values += bias

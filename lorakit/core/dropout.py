@@ -16,8 +16,8 @@ def keep_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
     """(mask, factor): int8, 1 where an entry of a tensor shaped as `like` stays and 0 where not; 1 / the share that does."""
     drop = min(round(probability * LEVELS), LEVELS - 1)
     if like.device.type != "cpu":
-        kept = torch.rand_like(like, dtype=torch.float32) >= drop / LEVELS
-        return kept.view(torch.int8), LEVELS / (LEVELS - drop)
+        stays = torch.rand_like(like, dtype=torch.float32) >= drop / LEVELS
+        return stays.view(torch.int8), LEVELS / (LEVELS - drop)
     count = like.numel()
     bits = torch.empty(-(-count // 4) or 1, dtype=torch.int64).random_(-(2**63), None)
     mask = bits.view(torch.int16)[:count].view(like.shape).ge_(drop - LEVELS // 2)  # int16 runs from -2^15

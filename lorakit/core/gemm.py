@@ -5,6 +5,9 @@ same build carries and torch.compile calls: base products at 1,024 tokens 1.1 to
 vocabulary's logits 1.7 times (bench/gemm.py, docs/benchmarks.md). The choice depends on the processor and on shapes alone,
 never on a trial, so that a resumed run has the bits of one that was not stopped.
 
+oneDNN makes code for each shape that it meets and keeps it: 0.6 MB and 0.7 ms. So it is given numbers of tokens that are
+`aligned` alone, of which there are sixteen between one power of two and the next; packed rows are padded to such numbers.
+
 `LORAKIT_GEMM=torch` or `onednn` in the environment chooses for every product instead; the default is `auto`.
 """
 
@@ -20,12 +23,22 @@ from lorakit.errors import UsageError
 
 NAMES = ("auto", "torch", "onednn")
 LEAST = 2**21  # multiply-adds; a smaller product gains less than the look for oneDNN's kernel costs
+PER_OCTAVE = 16  # numbers of tokens between a power of two and the next
 SKINNY = 64  # rows up to which oneDNN's AVX2 kernels read a weight in either order well
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x weight^T + bias`, outside of autograd. x: (rows, in); weight: (out, in), in any strides; returns (rows, out)."""
-    if by_onednn(x, weight):
+def aligned(count: int) -> int:
+    """The least number from `count` on that oneDNN is given: at most 1/16 more, a third of that on average."""
+    step = max(1, (1 << count.bit_length() >> 1) // PER_OCTAVE)
+    return -(-count // step) * step
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tokens: int | None = None) -> Tensor:
+    """`x weight^T + bias`, outside of autograd. x: (rows, in); weight: (out, in), in any strides; returns (rows, out).
+
+    tokens: the side of the product that differs from batch to batch; None = rows.
+    """
+    if by_onednn(x, weight, x.shape[0] if tokens is None else tokens):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return y
     return torch.nn.functional.linear(x, weight, bias)
@@ -55,12 +68,17 @@ def base_gradient(dy: Tensor, weight: Tensor, transposed: bool, onto: Tensor | N
     W = weight if transposed else weight.t()  # (in, out)
     if onto is None:
         return product(dy, W)
-    return onto.add_(product(dy, W)) if by_onednn(dy, W) else onto.addmm_(dy, W.t())
+    return onto.add_(product(dy, W)) if by_onednn(dy, W, dy.shape[0]) else onto.addmm_(dy, W.t())
 
 
-def by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether this product of two matrices goes to oneDNN."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[0] * weight.numel() < LEAST:
+def by_onednn(x: Tensor, weight: Tensor, tokens: int) -> bool:
+    """Whether this product of two matrices goes to oneDNN. tokens: see product."""
+    if (
+        aligned(tokens) != tokens
+        or x.dtype != torch.float32
+        or x.device.type != "cpu"
+        or x.shape[0] * weight.numel() < LEAST
+    ):
         return False
     if library() != "onednn" or x.stride(-1) != 1:
         return False

@@ -109,7 +109,7 @@ class GroupedLinear(torch.autograd.Function):
             if not here:
                 kept.append(None)
                 continue
-            xa_t = product(_joined([tensors[at] for _, at, _ in here]), x2[start:stop])  # (sum of ranks, tokens)
+            xa_t = product(_joined([tensors[at] for _, at, _ in here]), x2[start:stop], tokens=stop - start)
             low = 0
             for i, at, scale in here:
                 high = low + tensors[at].shape[0]
@@ -141,12 +141,12 @@ class GroupedLinear(torch.autograd.Function):
             for dy, at, scale in here:
                 high = low + tensors[at].shape[0]
                 if dy is not None:
-                    torch.mul(product(tensors[at + 1], dy[start:stop]), scale, out=dyb_t[low:high])
+                    torch.mul(product(tensors[at + 1], dy[start:stop], tokens=stop - start), scale, out=dyb_t[low:high])
                     if needs[at + 1]:
-                        found[at + 1] = product(xa_t[low:high], dy[start:stop].t()).mul_(scale)
+                        found[at + 1] = product(xa_t[low:high], dy[start:stop].t(), tokens=stop - start).mul_(scale)
                 low = high
             if any(needs[at] for _, at, _ in here):
-                dA = product(dyb_t, x2[start:stop].t())
+                dA = product(dyb_t, x2[start:stop].t(), tokens=stop - start)
                 parts = torch.split(dA, [tensors[at].shape[0] for _, at, _ in here])
                 for (_, at, _), part in zip(here, parts, strict=True):
                     found[at] = part

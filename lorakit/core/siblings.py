@@ -85,7 +85,8 @@ def outputs_of(
 
     settings, tensors: as `flattened` gives them. keep, factor: see lorakit.core.dropout.keep_mask.
     """
-    xa_t = product(_joined(tensors[2::4]), kept(x.reshape(-1, x.shape[-1]), keep))
+    x2 = x.reshape(-1, x.shape[-1])  # (tokens, in)
+    xa_t = product(_joined(tensors[2::4]), kept(x2, keep), tokens=len(x2))
     outputs, start = [], 0
     for i, (scale, transposed, exact) in enumerate(settings):
         weight, bias, A, Bt = tensors[4 * i : 4 * i + 4]
@@ -119,13 +120,13 @@ def gradients_of(
         start = rows.stop
         if dy is None:
             continue
-        torch.mul(product(Bt, dy), scale * factor, out=dyb_t[rows])
+        torch.mul(product(Bt, dy, tokens=len(dy)), scale * factor, out=dyb_t[rows])
         if need_x:
             dx = base_gradient(dy, weight, transposed, dx)
         if needs[4 * i + 1]:
             found[4 * i + 1] = dy.sum(0)
         if needs[4 * i + 3]:
-            found[4 * i + 3] = product(xa_t[rows], dy.t()).mul_(scale * factor)
+            found[4 * i + 3] = product(xa_t[rows], dy.t(), tokens=len(dy)).mul_(scale * factor)
     if dx is not None and keep is None:
         dx.addmm_(dyb_t.t(), _joined(tensors[2::4]))
     elif dx is not None:
@@ -135,7 +136,7 @@ def gradients_of(
 
 def a_gradients(dyb_t: Tensor, x2: Tensor, keep: Tensor | None, tensors: Sequence[Any]) -> list[Tensor]:
     """The gradients of the members' A's, `(s B^T dy^T) d(x)`. dyb_t: see gradients_of; x2: (tokens, in)."""
-    dA = product(dyb_t, kept(x2, keep).t())
+    dA = product(dyb_t, kept(x2, keep).t(), tokens=len(x2))
     return list(torch.split(dA, [A.shape[0] for A in tensors[2::4]]))
 
 

@@ -55,9 +55,9 @@ def labels_of(items: Sequence[Encoded], task: str, side: str = "right") -> Tenso
     return padded(several, IGNORE, "right" if task == SEQ2SEQ else side)
 
 
-def padded(rows: Sequence[list[int]], fill: int, side: str = "right") -> Tensor:
-    """(rows, longest): each row filled up to the longest."""
-    longest = max(map(len, rows))
+def padded(rows: Sequence[list[int]], fill: int, side: str = "right", least: int = 0) -> Tensor:
+    """(rows, longest): each row filled up to the longest, or to `least` where that is more."""
+    longest = max(least, *map(len, rows))
     blanks = ([fill] * (longest - len(row)) for row in rows)
     return torch.tensor([row + pad if side == "right" else pad + row for row, pad in zip(rows, blanks, strict=True)])
 

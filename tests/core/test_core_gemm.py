@@ -25,8 +25,8 @@ def onednn(monkeypatch):
     seen = []
     asked = gemm.by_onednn
 
-    def counted(x, weight):
-        seen.append(asked(x, weight))
+    def counted(x, weight, tokens):
+        seen.append(asked(x, weight, tokens))
         return seen[-1]
 
     monkeypatch.setattr(gemm, "library", lambda: "onednn")
@@ -57,7 +57,7 @@ def near(ours, exact, tolerance=2e-6):
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(96, 384, 256), (8, 160, 512), (300, 8, 200)])
+@pytest.mark.parametrize("shape", [(96, 384, 256), (8, 160, 512), (304, 8, 200)])
 def test_a_product_is_that_of_float64(onednn, shape, transposed, biased):
     rows, d_in, d_out = shape
     x = torch.randn(rows, d_in)
@@ -152,21 +152,34 @@ def test_a_fresh_adapter_changes_no_bit_in_evaluation(onednn, kind):
 def test_what_is_small_or_no_float32_stays_with_torch(monkeypatch):
     monkeypatch.setattr(gemm, "library", lambda: "onednn")
     x, weight = torch.randn(64, 512), torch.randn(256, 512)
-    assert gemm.by_onednn(x, weight) == (x.shape[0] * weight.numel() >= gemm.LEAST)
-    assert gemm.by_onednn(x, weight)
-    assert not gemm.by_onednn(x[:8], weight)
-    assert not gemm.by_onednn(x.double(), weight.double())
-    assert not gemm.by_onednn(x.t(), torch.randn(64, 64).t())
-    assert not gemm.by_onednn(x.to("meta"), weight.to("meta"))
+    assert gemm.by_onednn(x, weight, 64)
+    assert not gemm.by_onednn(x[:8], weight, 8)
+    assert not gemm.by_onednn(x.double(), weight.double(), 64)
+    assert not gemm.by_onednn(torch.randn(512, 64).t(), weight, 64)
+    assert not gemm.by_onednn(x.to("meta"), weight.to("meta"), 64)
 
 
 def test_where_avx512_is_missing_a_weight_must_lie_by_outputs(monkeypatch):
     monkeypatch.setattr(gemm, "library", lambda: "onednn")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     x, weight = torch.randn(128, 512), torch.randn(512, 256).t()
-    assert not gemm.by_onednn(x, weight)
-    assert gemm.by_onednn(x, weight.contiguous())
-    assert gemm.by_onednn(x[:32], weight)  # few rows are read well in either order
+    assert not gemm.by_onednn(x, weight, 128)
+    assert gemm.by_onednn(x, weight.contiguous(), 128)
+    assert gemm.by_onednn(x[:32], weight, 32)  # few rows are read well in either order
+
+
+def test_few_numbers_of_tokens_are_aligned_and_none_is_far(monkeypatch):
+    """oneDNN keeps code for each shape: a run's batches of any length may meet few."""
+    counts = range(1, 5000)
+    found = [gemm.aligned(count) for count in counts]
+    assert all(gemm.aligned(one) == one for one in found)
+    assert all(count <= one <= count * 17 / 16 for count, one in zip(counts, found, strict=True))
+    assert all(len({one for one in found if begin < one <= 2 * begin}) == 16 for begin in (32, 256, 2048))
+    assert sum(found) < 1.03 * sum(counts)
+    monkeypatch.setattr(gemm, "library", lambda: "onednn")
+    x, weight = torch.randn(257, 512), torch.randn(256, 512)
+    assert not gemm.by_onednn(x, weight, 257)
+    assert gemm.by_onednn(x[:256], weight, 256)
 
 
 @pytest.mark.parametrize(("maker", "expected"), [("GenuineIntel", "torch"), ("AuthenticAMD", "onednn")])
