@@ -3,7 +3,7 @@
 `nn.functional.dropout` draws one double an element from a serial generator, which costs more than the low-rank products
 that it is for. The probability is rounded to a multiple of 2^-16. The draws come from torch's own generator: a seed, a
 checkpoint's recompute and a resumed run give the same masks. A mask is of int8, since torch turns that into floats seven
-times as fast as bool, and compares int16 in place six times as fast as into bool (docs/benchmarks.md, "Dropout").
+times as fast as bool, and compares int16 in place six times as fast as into bool (LOG.md, 2026-11-30).
 """
 
 import torch
