@@ -21,7 +21,7 @@ from lorakit.errors import ModelError, UsageError
 from lorakit.models.quiet import quiet
 
 QUANTIZATIONS = {
-    "nf4": "bitsandbytes",  # 4-bit NormalFloat in blocks of 64, the blocks' scales in 8 bits (double quantisation)
+    "nf4": "bitsandbytes",  # 4-bit NormalFloat in blocks of 64 (see BLOCKS), the blocks' scales in 8 bits (double quantisation)
     "fp4": "bitsandbytes",  # the same with 4-bit floats
     # bitsandbytes' 8-bit layer rounds its inputs too (LLM.int8()), torchao's weights alone: exact for the frozen base
     "int8": "torchao",  # a scale for each output
@@ -30,6 +30,8 @@ QUANTIZATIONS = {
 }
 """How a base can be quantised, and the package that does it."""
 INT4_GROUP = 32
+BLOCKS = (64, 32)
+"""Values of a 4-bit block: QLoRA's 64; on a CPU 32 where 64 do not divide a row (see _block)."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def quantize_base(model: nn.Module, kind: str, *, device: torch.device | None = 
     try:
         with quiet(progress=False):
             _WAYS[kind](model, paths, device)
+    except ModelError:
+        raise
     except Exception as error:  # either package raises whatever its kernels do
         raise ModelError(
             f"{QUANTIZATIONS[kind]} cannot quantise this {type(model).__name__} to {kind} "
@@ -133,13 +137,45 @@ def _to_4bit(kind: str, model: nn.Module, paths: list[str], device: torch.device
         )
         # On some CPUs an evaluation would repack the weight, after which training takes no gradient through it.
         layer.support_avx512bf16_for_cpu = False
+        place = device or weight.device
         packed = Params4bit(
-            weight.detach(), requires_grad=False, compress_statistics=True, quant_type=kind, module=layer
+            weight.detach(),
+            requires_grad=False,
+            compress_statistics=True,
+            blocksize=_block(linear.in_features, place),
+            quant_type=kind,
+            module=layer,
         )
-        layer.weight, layer.bias = packed.to(device or weight.device), bias
+        layer.weight, layer.bias = packed.to(place), bias
+        _check_blocks(path, weight, layer.weight)
         layer.train(linear.training)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
+
+
+def _block(width: int, device: torch.device) -> int:
+    """Values that share a scale. bitsandbytes' AVX-512 kernels (0.50.2) give a block that goes on in the next row the scale of
+    another, so on a CPU blocks end with their row where they can."""
+    return BLOCKS[1] if device.type == "cpu" and width % BLOCKS[0] and not width % BLOCKS[1] else BLOCKS[0]
+
+
+@torch.no_grad()
+def _check_blocks(path: str, weight: torch.Tensor, packed: Any) -> None:
+    """Raise ModelError where a CPU's kernels read a packed matrix, whose blocks go over its rows' ends, as another one."""
+    block = packed.blocksize
+    if packed.device.type != "cpu" or not weight.shape[1] % block:
+        return
+    from bitsandbytes.functional import dequantize_4bit
+
+    largest = nn.functional.pad(weight.detach().flatten().float().abs(), (0, -weight.numel() % block))
+    bound = largest.view(-1, block).amax(1, keepdim=True).expand(-1, block).flatten()[: weight.numel()]
+    error = (dequantize_4bit(packed.data, packed.quant_state).float() - weight.float().cpu()).abs().flatten()
+    if (error > 0.25 * bound.cpu() + 1e-6).any():  # the widest gap between levels is a third
+        raise ModelError(
+            f"bitsandbytes reads {path} wrongly on this CPU: expected values within 0.25 of their block's largest, came "
+            f"{float((error / bound.cpu().clamp_min(1e-12)).max()):.2f}. Its {weight.shape[1]} inputs are no multiple of "
+            f"{BLOCKS[1]}. Use int8, or a GPU."
+        )
 
 
 def _to_int8(model: nn.Module, paths: list[str], device: torch.device | None) -> None:

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+from functools import partial
 
 import pytest
 import runs
+import tiny
 import torch
 
 import lorakit as lk
@@ -22,6 +24,14 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
 
 BOTH = pytest.mark.parametrize("kind", ["nf4", "int8"])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Wide enough for whole blocks: on a CPU bitsandbytes cannot read others (lorakit.models.quantize)."""
+    folder = tmp_path_factory.mktemp("models")
+    builds = {"llama": tiny.llama, "roberta": tiny.roberta}
+    return {name: runs.save_model(folder / name, partial(build, intermediate_size=64)) for name, build in builds.items()}
 
 
 class Notes(Listener):
