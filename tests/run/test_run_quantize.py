@@ -31,7 +31,9 @@ def models(tmp_path_factory):
     """Wide enough for whole blocks: on a CPU bitsandbytes cannot read others (lorakit.models.quantize)."""
     folder = tmp_path_factory.mktemp("models")
     builds = {"llama": tiny.llama, "roberta": tiny.roberta}
-    return {name: runs.save_model(folder / name, partial(build, intermediate_size=64)) for name, build in builds.items()}
+    return {
+        name: runs.save_model(folder / name, partial(build, intermediate_size=64)) for name, build in builds.items()
+    }
 
 
 class Notes(Listener):
