@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lorakit.core.gemm import product
 from lorakit.errors import TrainingError
 from lorakit.run.device import peak_memory
 
@@ -21,6 +22,7 @@ def wake(device: torch.device) -> None:
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(64, 64, device=device)).sum().backward()
     optimizer.step()
+    product(torch.ones(64, 512, device=device), torch.ones(512, 512, device=device))  # large enough for oneDNN
 
 
 def touch(model: nn.Module) -> None:
