@@ -15,6 +15,7 @@ from lorakit.serve.keys import check_start
 from lorakit.serve.server import Server
 
 log = logging.getLogger("lorakit.serve")
+BACKLOG = 2048  # connections that wait to be taken: uvicorn's own
 TAKEN = 16 << 10  # bytes that a client must take in `linger_seconds`
 
 
@@ -86,6 +87,7 @@ def _bound(config: ListenConfig) -> socket.socket:
             found = undone.enter_context(socket.socket(family))
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             found.bind((config.host, config.port))
+            found.listen(BACKLOG)  # a client that comes before uvicorn does waits: `began` has told it the port
             undone.pop_all()
             return found
     except (OSError, OverflowError) as error:
