@@ -13,7 +13,7 @@ from common import finish, interleaved, table
 from torch import Tensor
 
 from lorakit.core.cross_entropy import CHUNK
-from lorakit.core.gemm import library
+from lorakit.core.gemm import backend
 
 R, TURNS = 8, 12  # matrices that take turns, so that none is in a cache because it was used just before
 
@@ -82,8 +82,8 @@ def main() -> None:
         for name, one in found.items()
     ]
     columns = ["product", "torch's, ms", "oneDNN, ms", "torch's / oneDNN", "from float64, torch / oneDNN"]
-    text = table(columns, rows) + f"\n\nLORAKIT_GEMM=auto takes: {library()}; {torch.backends.cpu.get_cpu_capability()}"
-    finish("gemm", {"tokens": given.tokens, "chosen": library(), "products": found}, text)
+    text = table(columns, rows) + f"\n\nLORAKIT_GEMM=auto takes: {backend()}; {torch.backends.cpu.get_cpu_capability()}"
+    finish("gemm", {"tokens": given.tokens, "chosen": backend(), "products": found}, text)
 
 
 if __name__ == "__main__":

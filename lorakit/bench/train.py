@@ -14,7 +14,7 @@ from lorakit.bench.config import PEFT, ROWS, BenchConfig, RowKind
 from lorakit.bench.material import TASKS, Material, read, work_of
 from lorakit.bench.measure import RowResult, SideResult, measure
 from lorakit.bench.memory import peak_above_model
-from lorakit.core.gemm import library
+from lorakit.core.gemm import backend
 from lorakit.errors import UsageError
 from lorakit.run.listen import Listener
 
@@ -73,7 +73,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "products by": library(),
+        "products by": backend(),
         "peft": importlib.metadata.version("peft") if importlib.util.find_spec("peft") else None,
     }
 

@@ -80,13 +80,13 @@ def by_onednn(x: Tensor, weight: Tensor, tokens: int) -> bool:
         or x.shape[0] * weight.numel() < LEAST
     ):
         return False
-    if library() != "onednn" or x.stride(-1) != 1:
+    if backend() != "onednn" or x.stride(-1) != 1:
         return False
     return weight.stride(-1) == 1 or x.shape[0] <= SKINNY or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @cache
-def library() -> str:
+def backend() -> str:
     """ "torch" or "onednn": what large products in float32 on this CPU are computed by. Raises UsageError for an unknown
     LORAKIT_GEMM, and for `onednn` where this torch has none."""
     asked = os.environ.get("LORAKIT_GEMM", "auto")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lorakit.core.gemm import aligned, library
+from lorakit.core.gemm import aligned, backend
 from lorakit.data.batch import labels_of, padded
 from lorakit.data.encode import CAUSAL_LM, CLASSIFICATION, IGNORE, Encoded
 from lorakit.errors import UsageError
@@ -100,7 +100,7 @@ def collate_packed(
 def _length(rows: int, longest: int) -> int:
     """The length of packed rows: a little over the longest where their positions are then a number that the faster products
     take (lorakit.core.gemm.aligned)."""
-    if library() != "onednn":
+    if backend() != "onednn":
         return longest
     lengths = range(longest, longest + longest // WASTE + 1)
     return next((length for length in lengths if aligned(rows * length) == rows * length), longest)

@@ -29,7 +29,7 @@ def onednn(monkeypatch):
         seen.append(asked(x, weight, tokens))
         return seen[-1]
 
-    monkeypatch.setattr(gemm, "library", lambda: "onednn")
+    monkeypatch.setattr(gemm, "backend", lambda: "onednn")
     monkeypatch.setattr(gemm, "LEAST", 0)
     monkeypatch.setattr(gemm, "by_onednn", counted)
     return seen
@@ -43,12 +43,12 @@ def choice(monkeypatch):
         monkeypatch.setenv("LORAKIT_GEMM", value)
         if maker is not None:
             monkeypatch.setattr(gemm, "processor", lambda: maker)
-        gemm.library.cache_clear()
-        return gemm.library()
+        gemm.backend.cache_clear()
+        return gemm.backend()
 
     yield choose
     monkeypatch.undo()
-    gemm.library.cache_clear()
+    gemm.backend.cache_clear()
 
 
 def near(ours, exact, tolerance=2e-6):
@@ -150,7 +150,7 @@ def test_a_fresh_adapter_changes_no_bit_in_evaluation(onednn, kind):
 
 
 def test_what_is_small_or_no_float32_stays_with_torch(monkeypatch):
-    monkeypatch.setattr(gemm, "library", lambda: "onednn")
+    monkeypatch.setattr(gemm, "backend", lambda: "onednn")
     x, weight = torch.randn(64, 512), torch.randn(256, 512)
     assert gemm.by_onednn(x, weight, 64)
     assert not gemm.by_onednn(x[:8], weight, 8)
@@ -160,7 +160,7 @@ def test_what_is_small_or_no_float32_stays_with_torch(monkeypatch):
 
 
 def test_where_avx512_is_missing_a_weight_must_lie_by_outputs(monkeypatch):
-    monkeypatch.setattr(gemm, "library", lambda: "onednn")
+    monkeypatch.setattr(gemm, "backend", lambda: "onednn")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     x, weight = torch.randn(128, 512), torch.randn(512, 256).t()
     assert not gemm.by_onednn(x, weight, 128)
@@ -176,7 +176,7 @@ def test_few_numbers_of_tokens_are_aligned_and_none_is_far(monkeypatch):
     assert all(count <= one <= count * 17 / 16 for count, one in zip(counts, found, strict=True))
     assert all(len({one for one in found if begin < one <= 2 * begin}) == 16 for begin in (32, 256, 2048))
     assert sum(found) < 1.03 * sum(counts)
-    monkeypatch.setattr(gemm, "library", lambda: "onednn")
+    monkeypatch.setattr(gemm, "backend", lambda: "onednn")
     x, weight = torch.randn(257, 512), torch.randn(256, 512)
     assert not gemm.by_onednn(x, weight, 257)
     assert gemm.by_onednn(x[:256], weight, 256)
