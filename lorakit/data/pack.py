@@ -100,7 +100,7 @@ def collate_packed(
 def _length(rows: int, longest: int) -> int:
     """The length of packed rows: a little over the longest where their positions are then a number that the faster products
     take (lorakit.core.gemm.aligned)."""
-    if backend() != "onednn":
+    if backend() != "onednn" or torch.cuda.is_available():  # a GPU has no use for it
         return longest
     lengths = range(longest, longest + longest // WASTE + 1)
     return next((length for length in lengths if aligned(rows * length) == rows * length), longest)

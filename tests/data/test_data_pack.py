@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from lorakit.data import IGNORE, Encoded
+from lorakit.data import IGNORE, Encoded, pack
 from lorakit.data.pack import SEGMENTS, SQUARE, collate_packed, counts, ends, pack_rows, positions
 from lorakit.errors import UsageError
 
@@ -96,6 +96,22 @@ def test_a_packed_batch_of_classes_goes_row_by_row():
     scores = [Encoded([1], 0.5, 1), Encoded([1, 2], 2.0, 1)]
     batch = collate_packed(scores, [[0, 1]], pad_id=0, task="sequence-classification")
     assert batch["labels"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("library", "gpu", "length"), [("onednn", False, 144), ("onednn", True, 143), ("torch", False, 143)]
+)
+def test_packed_rows_are_lengthened_for_the_faster_products_alone(monkeypatch, library, gpu, length):
+    """2 x 143 positions are no number of theirs, 2 x 144 are; what is added is padding, and bears no loss."""
+    monkeypatch.setattr(pack, "backend", lambda: library)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    items = [Encoded([5] * count, [5] * count, 0) for count in (100, 43, 140)]
+    batch = collate_packed(items, [[0, 1], [2]], pad_id=9, task="causal-lm")
+    assert {value.shape for value in batch.values()} == {(2, length)}
+    outside = batch[SEGMENTS] == 0
+    assert int(outside.sum()) == 2 * length - 283
+    assert (batch["input_ids"][outside] == 9).all()
+    assert (batch["labels"][outside] == IGNORE).all()
 
 
 def test_counts_of_plain_batches():
