@@ -1,19 +1,29 @@
-"""Dropout masks that cost little on a CPU: 16 random bits an element, four elements a draw.
+"""Dropout masks that cost little on a CPU, from torch's own generator: a seed, a checkpoint's recompute and a resumed run
+give the same masks.
 
 `nn.functional.dropout` draws one double an element from a serial generator, which costs more than the low-rank products
-that it is for. The probability is rounded to a multiple of 2^-16. The draws come from torch's own generator: a seed, a
-checkpoint's recompute and a resumed run give the same masks. A mask is of int8, since torch turns that into floats seven
-times as fast as bool, and compares int16 in place six times as fast as into bool (LOG.md, 2026-11-30).
+that it is for. Where few elements are dropped, the distances from one to the next are drawn instead, which are geometrically
+distributed; else 16 random bits an element, four elements a draw. A mask is of int8, since torch turns that into floats
+seven times as fast as bool, and compares int16 in place six times as fast as into bool (LOG.md, 2026-11-30 and 12-01).
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 LEVELS = 2**16
+FEW = 1 / 8  # probabilities up to which distances cost less than bits
 
 
 def keep_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
-    """(mask, factor): int8, 1 where an entry of a tensor shaped as `like` stays and 0 where not; 1 / the share that does."""
+    """(mask, factor): int8, 1 where an entry of a tensor shaped as `like` stays and 0 where not; 1 / the share that does.
+
+    probability: of an entry to go, in [0, 1); above FEW rounded to a multiple of 2^-16.
+    """
+    if like.device.type == "cpu" and probability <= FEW:
+        mask = torch.ones(like.numel(), dtype=torch.int8)
+        return mask.index_fill_(0, _dropped(like.numel(), probability), 0).view(like.shape), 1 / (1 - probability)
     drop = min(round(probability * LEVELS), LEVELS - 1)
     if like.device.type != "cpu":
         stays = torch.rand_like(like, dtype=torch.float32) >= drop / LEVELS
@@ -22,6 +32,19 @@ def keep_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
     bits = torch.empty(-(-count // 4) or 1, dtype=torch.int64).random_(-(2**63), None)
     mask = bits.view(torch.int16)[:count].view(like.shape).ge_(drop - LEVELS // 2)  # int16 runs from -2^15
     return mask.to(torch.int8), LEVELS / (LEVELS - drop)
+
+
+def _dropped(count: int, probability: float) -> Tensor:
+    """The numbers, ascending, of those of `count` elements that go, each with this probability (below 1), apart from the others."""
+    expected = count * probability
+    enough = int(expected + 6 * math.sqrt(expected)) + 8  # more are needed once in some hundred million masks
+    parts, last = [], -1
+    while last < count:
+        distances = torch.empty(enough).uniform_().neg_().log1p_().div_(math.log1p(-probability)).clamp_(max=count)
+        parts.append(distances.to(torch.int64).add_(1).cumsum_(0).add_(last))
+        last = int(parts[-1][-1])
+    found = torch.cat(parts)
+    return found[: int(torch.searchsorted(found, count))]
 
 
 def kept(x: Tensor, keep: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lorakit.core import mlp
+from lorakit.core import dropout, mlp
 from lorakit.core.dropout import keep_mask
 from lorakit.core.mlp import low_rank_mlp
 from lorakit.core.siblings import Member, low_rank_siblings
@@ -134,3 +134,29 @@ def test_a_mask_keeps_its_share_at_random(probability):
     again, _ = keep_mask(torch.empty(1001, 997), probability)
     assert torch.equal(mask, again)
     assert not torch.equal(mask, keep_mask(torch.empty(1001, 997), probability)[0])
+
+
+@pytest.mark.parametrize("probability", [0.02, 0.125])
+def test_each_place_of_a_small_mask_is_as_likely_to_go(probability):
+    torch.manual_seed(5)
+    masks = torch.stack([keep_mask(torch.empty(4, 3), probability)[0] for _ in range(20_000)])
+    spread = 5 * math.sqrt(probability * (1 - probability) / len(masks))
+    gone = 1 - masks.double().mean(0)
+    assert (gone - probability).abs().max().item() < spread
+    together = ((1 - masks[:, 0, 0]) * (1 - masks[:, -1, -1])).double().mean().item()
+    assert together == pytest.approx(probability**2, abs=spread)
+
+
+@pytest.mark.parametrize(("count", "probability"), [(0, 0.1), (1, 0.1), (5, 1e-30)])
+def test_masks_of_next_to_nothing(count, probability):
+    mask, factor = keep_mask(torch.empty(count), probability)
+    assert mask.shape == (count,) and mask.dtype == torch.int8
+    assert factor == pytest.approx(1 / (1 - probability))
+
+
+def test_distances_that_end_too_soon_are_drawn_on(monkeypatch):
+    torch.manual_seed(6)
+    monkeypatch.setattr(dropout.math, "sqrt", lambda _: -90.0)  # as if few were enough
+    gone = dropout._dropped(10_000, 0.1)
+    assert gone.diff().min() > 0 and gone[-1] < 10_000
+    assert len(gone) == pytest.approx(1_000, abs=150)
