@@ -35,7 +35,7 @@ def keep_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
 
 
 def _dropped(count: int, probability: float) -> Tensor:
-    """The numbers, ascending, of those of `count` elements that go, each with this probability (below 1), apart from the others."""
+    """The numbers, ascending, of those of `count` elements that go, each with this probability (below 1)."""
     expected = count * probability
     enough = int(expected + 6 * math.sqrt(expected)) + 8  # more are needed once in some hundred million masks
     parts, last = [], -1

@@ -150,7 +150,8 @@ def test_each_place_of_a_small_mask_is_as_likely_to_go(probability):
 @pytest.mark.parametrize(("count", "probability"), [(0, 0.1), (1, 0.1), (5, 1e-30)])
 def test_masks_of_next_to_nothing(count, probability):
     mask, factor = keep_mask(torch.empty(count), probability)
-    assert mask.shape == (count,) and mask.dtype == torch.int8
+    assert mask.shape == (count,)
+    assert mask.dtype == torch.int8
     assert factor == pytest.approx(1 / (1 - probability))
 
 
@@ -158,5 +159,6 @@ def test_distances_that_end_too_soon_are_drawn_on(monkeypatch):
     torch.manual_seed(6)
     monkeypatch.setattr(dropout.math, "sqrt", lambda _: -90.0)  # as if few were enough
     gone = dropout._dropped(10_000, 0.1)
-    assert gone.diff().min() > 0 and gone[-1] < 10_000
+    assert gone.diff().min() > 0
+    assert gone[-1] < 10_000
     assert len(gone) == pytest.approx(1_000, abs=150)
