@@ -14,22 +14,23 @@ from torch import Tensor
 
 LEVELS = 2**16
 FEW = 1 / 8  # probabilities up to which distances cost less than bits
+MARGIN = 6  # standard deviations of the number dropped, above its mean, that are drawn at once
 
 
 def keep_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
     """(mask, factor): int8, 1 where an entry of a tensor shaped as `like` stays and 0 where not; 1 / the share that does.
 
-    probability: of an entry to go, in [0, 1); above FEW rounded to a multiple of 2^-16.
+    probability: of an entry to go, in [0, 1); rounded to a multiple of 2^-16 above FEW, and on a GPU.
     """
     if like.device.type == "cpu" and probability <= FEW:
-        mask = torch.ones(like.numel(), dtype=torch.int8)
+        mask = torch.ones(like.numel(), dtype=torch.int8, device="cpu")
         return mask.index_fill_(0, _dropped(like.numel(), probability), 0).view(like.shape), 1 / (1 - probability)
     drop = min(round(probability * LEVELS), LEVELS - 1)
     if like.device.type != "cpu":
         stays = torch.rand_like(like, dtype=torch.float32) >= drop / LEVELS
         return stays.view(torch.int8), LEVELS / (LEVELS - drop)
     count = like.numel()
-    bits = torch.empty(-(-count // 4) or 1, dtype=torch.int64).random_(-(2**63), None)
+    bits = torch.empty(-(-count // 4) or 1, dtype=torch.int64, device="cpu").random_(-(2**63), None)
     mask = bits.view(torch.int16)[:count].view(like.shape).ge_(drop - LEVELS // 2)  # int16 runs from -2^15
     return mask.to(torch.int8), LEVELS / (LEVELS - drop)
 
@@ -37,10 +38,11 @@ def keep_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
 def _dropped(count: int, probability: float) -> Tensor:
     """The numbers, ascending, of those of `count` elements that go, each with this probability (below 1)."""
     expected = count * probability
-    enough = int(expected + 6 * math.sqrt(expected)) + 8  # more are needed once in some hundred million masks
+    enough = int(expected + MARGIN * math.sqrt(expected)) + 8
     parts, last = [], -1
-    while last < count:
-        distances = torch.empty(enough).uniform_().neg_().log1p_().div_(math.log1p(-probability)).clamp_(max=count)
+    while last < count:  # a second time hardly ever
+        drawn = torch.empty(enough, dtype=torch.float32, device="cpu").uniform_()  # whatever torch's defaults are
+        distances = drawn.neg_().log1p_().div_(math.log1p(-probability)).clamp_(max=count)
         parts.append(distances.to(torch.int64).add_(1).cumsum_(0).add_(last))
         last = int(parts[-1][-1])
     found = torch.cat(parts)

@@ -99,11 +99,11 @@ def test_a_packed_batch_of_classes_goes_row_by_row():
 
 
 @pytest.mark.parametrize(
-    ("library", "gpu", "length"), [("onednn", False, 144), ("onednn", True, 143), ("torch", False, 143)]
+    ("backend", "gpu", "length"), [("onednn", False, 144), ("onednn", True, 143), ("torch", False, 143)]
 )
-def test_packed_rows_are_lengthened_for_the_faster_products_alone(monkeypatch, library, gpu, length):
+def test_packed_rows_are_lengthened_for_the_faster_products_alone(monkeypatch, backend, gpu, length):
     """2 x 143 positions are no number of theirs, 2 x 144 are; what is added is padding, and bears no loss."""
-    monkeypatch.setattr(pack, "backend", lambda: library)
+    monkeypatch.setattr(pack, "backend", lambda: backend)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     items = [Encoded([5] * count, [5] * count, 0) for count in (100, 43, 140)]
     batch = collate_packed(items, [[0, 1], [2]], pad_id=9, task="causal-lm")
