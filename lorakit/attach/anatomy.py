@@ -1,7 +1,7 @@
 """Where things are in a model: its leaves, its output head, the tensors that several modules share."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -10,8 +10,10 @@ from lorakit.attach.adapted import plain
 HEAD_NAMES = ("score", "classifier", "qa_outputs")  # where Hugging Face's task models keep their head
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()`, the same modules in the same order, in a third of the time: each attach goes through them."""
+def walk(model: nn.Module, closed: Callable[[nn.Module], bool] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()`, the same modules in the same order, in a third of the time: each attach goes through them.
+
+    closed: whether what lies inside a module is left out."""
     seen: set[int] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
@@ -20,6 +22,8 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         yield path, module
+        if closed is not None and closed(module):
+            continue
         below = f"{path}." if path else ""
         waiting += [(below + name, child) for name, child in reversed(module._modules.items()) if child is not None]
 
@@ -62,12 +66,12 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """(path, list) of every list of modules of one class that lies in no other: an encoder's blocks and a decoder's."""
-    found: list[tuple[str, nn.ModuleList]] = []
-    for path, module in walk(model):
-        uniform = isinstance(module, nn.ModuleList) and len({plain(type(one)) for one in module}) == 1
-        if uniform and not any(is_within(path, outer) for outer, _ in found):
-            found.append((path, module))  # type: ignore[arg-type]
-    return found
+    return [(path, module) for path, module in walk(model, _is_uniform) if _is_uniform(module)]  # type: ignore[misc]
+
+
+def _is_uniform(module: nn.Module) -> bool:
+    """Whether it is a list of modules of one class."""
+    return isinstance(module, nn.ModuleList) and len({plain(type(one)) for one in module}) == 1
 
 
 def is_within(path: str, parent: str) -> bool:

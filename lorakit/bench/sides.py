@@ -101,7 +101,7 @@ class Lorakit(_Learner):
         self.parameters = self.trainer.parameters
         self.trainer.model.train()
         self.trainable = sum(one.numel() for one in self.parameters)
-        self._epoch = 0
+        self._epoch, self._lengths = 0, [len(row.input_ids) for row in work.rows]
 
     def round(self, numbers: Sequence[int]) -> None:
         for group in self._groups(numbers):
@@ -114,7 +114,7 @@ class Lorakit(_Learner):
         if self.work.kind.given:
             yield [self.work.padded(numbers)]
             return
-        self.run.trained_on.order = _Given(self._chosen(numbers), self.work)
+        self.run.trained_on.order = _Given(self._chosen(numbers), self._lengths, self.work.material.config.batch)
         made = list(self.trainer.batches.make(self._epoch, 0))  # packed, or with kept states, as the trainer has them
         self._epoch += 1
         size = self.run.recipe.train.accumulate if self.work.kind.name == "free" else len(made)
@@ -137,8 +137,8 @@ class Lorakit(_Learner):
 class _Given(BatchOrder):
     """An order that is told."""
 
-    def __init__(self, batches: Sequence[Sequence[int]], work: Work) -> None:
-        super().__init__([len(row.input_ids) for row in work.rows], work.material.config.batch, seed=0)
+    def __init__(self, batches: Sequence[Sequence[int]], lengths: Sequence[int], size: int) -> None:
+        super().__init__(lengths, size, seed=0)
         self.given = [list(batch) for batch in batches]
 
     def __len__(self) -> int:

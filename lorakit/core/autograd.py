@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.core.gemm import base_gradient, base_product, product
+from lorakit.core.gemm import base_gradient, base_product, product, scaled_product
 from lorakit.errors import AdapterError
 
 SWITCHED = (
@@ -55,7 +55,7 @@ class LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         y = base_product(x, weight, bias, transposed, exact)
         x2 = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        xa_t = product(A, x2, tokens=len(x2))  # (r, tokens)
+        xa_t = product(A, x2, tokens=x2.shape[0])  # (r, tokens)
         y.view(-1, y.shape[-1]).addmm_(xa_t.t(), Bt, alpha=scale)
         ctx.save_for_backward(x, weight, A, Bt, xa_t, mark)
         ctx.scale, ctx.transposed, ctx.epoch = scale, transposed, epoch
@@ -70,14 +70,14 @@ class LowRankLinear(torch.autograd.Function):
         dy2, x2, scale = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), ctx.scale
         dx = dbias = dA = dBt = None
         if need_x or need_a:
-            dyb_t = product(Bt, dy2, tokens=len(dy2))  # (r, tokens)
+            dyb_t = product(Bt, dy2, tokens=dy2.shape[0])  # (r, tokens)
             if need_x:
                 dx = base_gradient(dy2, weight, ctx.transposed)
                 dx = dx.addmm_(dyb_t.t(), A, alpha=scale).view(x.shape)
             if need_a:
-                dA = product(dyb_t, x2.t(), tokens=len(x2)).mul_(scale)
+                dA = scaled_product(dyb_t, x2.t(), scale, torch.empty_like(A), tokens=x2.shape[0])
         if need_b:
-            dBt = product(xa_t, dy2.t(), tokens=len(dy2)).mul_(scale)
+            dBt = scaled_product(xa_t, dy2.t(), scale, torch.empty_like(Bt), tokens=dy2.shape[0])
         if need_bias:
             dbias = dy2.sum(0)
         return dx, None, dbias, dA, dBt, None, None, None, None, None

@@ -44,6 +44,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tokens: in
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def scaled_product(x: Tensor, weight: Tensor, scale: float, out: Tensor, *, tokens: int) -> Tensor:
+    """`out = scale x weight^T`, outside of autograd; returns out. x: (rows, in); weight: (n, in); out: (rows, n), whose
+    values are not read. tokens: see product."""
+    if by_onednn(x, weight, tokens):
+        return torch.mul(product(x, weight, tokens=tokens), scale, out=out)
+    return out.addmm_(x, weight.t(), beta=0, alpha=scale)  # the scale costs no pass of its own
+
+
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, exact: bool) -> Tensor:
     """A frozen layer's own output. x: (..., in); weight: (out, in), or (in, out) where `transposed` (Conv1D).
 
@@ -74,10 +82,10 @@ def base_gradient(dy: Tensor, weight: Tensor, transposed: bool, onto: Tensor | N
 def by_onednn(x: Tensor, weight: Tensor, tokens: int) -> bool:
     """Whether this product of two matrices goes to oneDNN. tokens: see product."""
     if (
-        aligned(tokens) != tokens
+        x.shape[0] * weight.numel() < LEAST  # most are: the quickest to tell comes first
+        or aligned(tokens) != tokens
         or x.dtype != torch.float32
         or x.device.type != "cpu"
-        or x.shape[0] * weight.numel() < LEAST
     ):
         return False
     if backend() != "onednn" or x.stride(-1) != 1:

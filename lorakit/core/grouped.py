@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.core.autograd import check_epoch
-from lorakit.core.gemm import base_gradient, base_product, product
+from lorakit.core.gemm import base_gradient, base_product, product, scaled_product
 
 Span = tuple[int, int]
 
@@ -141,9 +141,12 @@ class GroupedLinear(torch.autograd.Function):
             for dy, at, scale in here:
                 high = low + tensors[at].shape[0]
                 if dy is not None:
-                    torch.mul(product(tensors[at + 1], dy[start:stop], tokens=stop - start), scale, out=dyb_t[low:high])
+                    scaled_product(tensors[at + 1], dy[start:stop], scale, dyb_t[low:high], tokens=stop - start)
                     if needs[at + 1]:
-                        found[at + 1] = product(xa_t[low:high], dy[start:stop].t(), tokens=stop - start).mul_(scale)
+                        out = torch.empty_like(tensors[at + 1])
+                        found[at + 1] = scaled_product(
+                            xa_t[low:high], dy[start:stop].t(), scale, out, tokens=stop - start
+                        )
                 low = high
             if any(needs[at] for _, at, _ in here):
                 dA = product(dyb_t, x2[start:stop].t(), tokens=stop - start)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.core.autograd import check_epoch
 from lorakit.core.dropout import keep_mask, kept
-from lorakit.core.gemm import base_gradient, base_product, product
+from lorakit.core.gemm import base_gradient, base_product, product, scaled_product
 
 
 class Member(NamedTuple):
@@ -120,13 +120,15 @@ def gradients_of(
         start = rows.stop
         if dy is None:
             continue
-        torch.mul(product(Bt, dy, tokens=len(dy)), scale * factor, out=dyb_t[rows])
+        scaled_product(Bt, dy, scale * factor, dyb_t[rows], tokens=dy.shape[0])
         if need_x:
             dx = base_gradient(dy, weight, transposed, dx)
         if needs[4 * i + 1]:
             found[4 * i + 1] = dy.sum(0)
         if needs[4 * i + 3]:
-            found[4 * i + 3] = product(xa_t[rows], dy.t(), tokens=len(dy)).mul_(scale * factor)
+            found[4 * i + 3] = scaled_product(
+                xa_t[rows], dy.t(), scale * factor, torch.empty_like(Bt), tokens=dy.shape[0]
+            )
     if dx is not None and keep is None:
         dx.addmm_(dyb_t.t(), _joined(tensors[2::4]))
     elif dx is not None:
