@@ -8,9 +8,11 @@ seven times as fast as bool, and compares int16 in place six times as fast as in
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LEVELS = 2**16
 FEW = 1 / 8  # probabilities up to which distances cost less than bits
@@ -52,3 +54,44 @@ def _dropped(count: int, probability: float) -> Tensor:
 def kept(x: Tensor, keep: Tensor | None) -> Tensor:
     """x with zeros where the mask has them; x itself without a mask."""
     return x if keep is None else keep.to(x.dtype).mul_(x)
+
+
+def dropped(x: Tensor, probability: float) -> Tensor:
+    """`nn.functional.dropout(x, probability)` in training, by these masks. x: any shape, on the CPU; probability: in [0, 1)."""
+    return Dropped.apply(x, probability)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class Dropped(torch.autograd.Function):
+    """See dropped. Kept for backward: the numbers of the entries that go, or a mask of a byte an entry."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
+        drawn, ctx.factor = draw(x, probability)
+        ctx.save_for_backward(drawn)
+        return zeroed_(_scaled(x, ctx.factor), drawn)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return zeroed_(_scaled(dy, ctx.factor), *ctx.saved_tensors), None
+
+
+def draw(like: Tensor, probability: float) -> tuple[Tensor, float]:
+    """(which entries go, 1 / the share that stays), for a tensor on the CPU that is shaped as `like`: their numbers in it when
+    flattened, int64, where few do; else keep_mask's mask."""
+    if probability <= FEW:
+        return _dropped(like.numel(), probability), 1 / (1 - probability)
+    return keep_mask(like, probability)
+
+
+def zeroed_(x: Tensor, drawn: Tensor) -> Tensor:
+    """x, contiguous, with zeros written where entries go. drawn: of `draw`."""
+    if drawn.dtype == torch.int8:
+        return x.mul_(drawn)
+    x.view(-1).index_fill_(0, drawn, 0)
+    return x
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    """`x * factor`, contiguous."""
+    return torch.mul(x, factor, out=torch.empty_like(x, memory_format=torch.contiguous_format))

@@ -144,7 +144,8 @@ class JointTrainer:
         begin = time.perf_counter()
         for i in range(max(len(one.parts) for one in turns)):
             for here in _groups([one for one in turns if len(one.parts) > i], i):
-                self._pass_of(here, [one.parts[i] for one in here])
+                with here[0].trainer.base_dropout.drawing():
+                    self._pass_of(here, [one.parts[i] for one in here])
         share = (time.perf_counter() - begin) / len(turns)
         for one in turns:
             one.trainer.given = float(torch.stack(one.losses).double().sum()) / one.count

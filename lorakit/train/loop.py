@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.data.pack import counts
 from lorakit.errors import TrainingError, UsageError
+from lorakit.train.base_dropout import BaseDropout
 from lorakit.train.config import TrainConfig
 from lorakit.train.flat import FlatParameters
 from lorakit.train.loss import Batch, Objective
@@ -80,6 +81,7 @@ class Trainer:
         self.parameters = list(parameters)
         _checkpointing(model, config.gradient_checkpointing)
         self.model = self._prepared(model)
+        self.base_dropout = BaseDropout(model)
         self.flat = FlatParameters(self.parameters, rates or {})
         self.optimizer = self.accelerator.prepare_optimizer(optimizer_for(config, self.flat), device_placement=False)
         self.state, self.best, self.good = TrainState(), None, self.flat.copy()
@@ -171,7 +173,8 @@ class Trainer:
         set_rate(self._inner, rate)
         if not self.flat.bound:
             self.flat.bind()
-        loss = self._backward(group, rate)
+        with self.base_dropout.drawing():
+            loss = self._backward(group, rate)
         self.flat.gather()
         self.world.add_gradients(self.flat.held)
         norm = self._clip(rate)
