@@ -78,7 +78,9 @@ class Dropped(torch.autograd.Function):
 
 def draw(like: Tensor, probability: float) -> tuple[Tensor, float]:
     """(which entries go, 1 / the share that stays), for a tensor on the CPU that is shaped as `like`: their numbers in it when
-    flattened, int64, where few do; else keep_mask's mask."""
+    flattened, int64, where few do; else keep_mask's mask. On the meta device: as many as are expected."""
+    if like.is_meta and probability <= FEW:
+        return like.new_empty(round(like.numel() * probability), dtype=torch.int64), 1 / (1 - probability)
     if probability <= FEW:
         return _dropped(like.numel(), probability), 1 / (1 - probability)
     return keep_mask(like, probability)

@@ -8,7 +8,7 @@ otherwise on the meta device than where training runs: attention and dropout.
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -23,12 +23,14 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from lorakit.errors import UsageError
 from lorakit.models import longest_row
+from lorakit.train.base_dropout import BaseDropout
 from lorakit.train.loss import objective_for
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a step runs on. device: "cuda" or "cpu", which keep a dropout's mask in one byte or in the input's type."""
+    """What a step runs on. device: "cuda" or "cpu": of a dropout one keeps a byte an entry, the other the numbers of those that
+    go (see lorakit.train.base_dropout)."""
 
     batch: int
     length: int
@@ -57,7 +59,8 @@ def trace(model: nn.Module, work: Work) -> Traced:
     if work.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     batch, meter = batch_for(model, work), Meter(model)
-    with _as_in_training(work.device, meter):
+    own = BaseDropout(model).drawing() if work.device == "cpu" else nullcontext()
+    with own, _as_in_training(work.device, meter):
         loss = objective_for(work.task).loss(model, batch).total
         saved, start = meter.now, len(meter.course)
         torch.autograd.backward(loss / work.batch)

@@ -11,6 +11,7 @@ import lorakit as lk
 from lorakit.methods.lora import LoRA
 from lorakit.plan import FULL, depth, plan
 from lorakit.plan.trace import Work, trace
+from lorakit.train.base_dropout import BaseDropout
 from lorakit.train.loss import objective_for
 
 WORK = Work(batch=3, length=32, task="causal-lm", checkpointing=False, device="cpu")
@@ -31,12 +32,19 @@ def saved_for_real(model: nn.Module, work: Work) -> int:
 
     ids = torch.randint(3, tiny.VOCAB, (work.batch, work.length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    drawing = BaseDropout(model).drawing()  # as the trainer's step
+    with drawing, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         objective_for(work.task).loss(model, batch)
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("build", [tiny.gpt2, tiny.llama], ids=["gpt2", "llama"])
+def dropping_gpt2() -> nn.Module:
+    config = tiny.gpt2().config
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.1
+    return type(tiny.gpt2())(config)
+
+
+@pytest.mark.parametrize("build", [tiny.gpt2, tiny.llama, dropping_gpt2], ids=["gpt2", "llama", "gpt2 that drops"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
 def test_what_the_forward_pass_keeps_is_what_autograd_keeps(build, adapted):
     model, ghost = build().train(), build().to("meta").train()
@@ -98,7 +106,7 @@ def test_checkpointing_keeps_less_and_computes_more():
     assert 1.1 < again.flops / kept.flops < 4 / 3  # the head is not computed again
 
 
-def test_dropout_keeps_a_byte_on_a_gpu_and_the_type_on_a_cpu():
+def test_dropout_keeps_a_byte_an_entry_on_a_gpu_and_what_goes_on_a_cpu():
     config = tiny.gpt2().config
     config.resid_pdrop = config.embd_pdrop = 0.1
     config.attn_pdrop = 0.0
@@ -106,7 +114,7 @@ def test_dropout_keeps_a_byte_on_a_gpu_and_the_type_on_a_cpu():
     places = 1 + 2 * config.n_layer
     entries = 8 * 32 * config.n_embd * places
     kept = {device: found.rows[0].memory.activations for device, found in sizes.items()}
-    assert kept["cpu"] - kept["cuda"] == entries * 3
+    assert kept["cuda"] - kept["cpu"] == pytest.approx(entries - 8 * entries / 10, abs=8 * places)
 
 
 @pytest.mark.parametrize(("optimizer", "copies"), [("adamw", 2), ("momentum", 1), ("sgd", 0), ("adam8bit", 0.5)])
