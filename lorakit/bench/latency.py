@@ -20,6 +20,7 @@ from lorakit.bench.shapes import SHAPES, build
 from lorakit.bench.train import machine
 from lorakit.errors import UsageError
 from lorakit.generate.modes import evaluating
+from lorakit.methods.body import cache_name, cache_of
 from lorakit.methods.houlsby import HoulsbyAdapter
 from lorakit.methods.lin import LinAdapter
 from lorakit.methods.lora import LoRA
@@ -231,7 +232,7 @@ def _decode(model: Any, ids: Tensor, count: int) -> None:
     out = model(input_ids=ids, use_cache=True)
     for _ in range(count):
         token = out.logits[:, -1:].argmax(-1)  # (batch, 1)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=token, use_cache=True, **{cache_name(model): cache_of(out)})
 
 
 def _latency(side: str, r: int | None, trained: int | None, seconds: list[float], full: list[float]) -> Latency:

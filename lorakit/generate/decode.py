@@ -13,6 +13,7 @@ from lorakit.generate.config import GenerateConfig
 from lorakit.generate.modes import device_of, evaluating, generation_settings, seeded
 from lorakit.generate.prompts import Prompt, prompt_ids
 from lorakit.generate.shared import Beginning, shared_beginning
+from lorakit.methods.body import cache_name
 from lorakit.models import longest_row
 
 _KEPT = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
@@ -101,7 +102,7 @@ def _decode(
     if beginning is not None:  # it stands before the padding
         ids = torch.cat([beginning.ids.expand(len(rows), -1), ids], 1)
         mask = torch.cat([mask.new_ones(len(rows), shared), mask], 1)
-        extra = {"past_key_values": beginning.of(len(rows))}
+        extra = {cache_name(model): beginning.of(len(rows))}
     start = 1 if task == "seq2seq" else ids.shape[1]  # a separate decoder begins with one start token
     # The mask is given, never guessed from pad ids: the pad token may be a token of the text (eos).
     written = model.generate(

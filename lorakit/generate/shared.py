@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorakit.attach.alone import by_token
 from lorakit.attach.host import find_host
+from lorakit.methods.body import cache_name
 
 SHORTEST = 32
 """Tokens from which a shared beginning is worth a pass of its own."""
@@ -48,7 +49,7 @@ def shared_beginning(model: Any, rows: Sequence[Sequence[int]], device: torch.de
         type(layer) is not DynamicLayer for layer in cache.layers
     ):  # a window, or a state that is no keys and values
         return None
-    model(input_ids=ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids[None], use_cache=True, logits_to_keep=1, **{cache_name(model): cache})
     return Beginning(ids, cache) if cache.get_seq_length() == length else None
 
 

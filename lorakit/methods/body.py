@@ -16,6 +16,8 @@ from lorakit.attach.host import find_host
 from lorakit.errors import TargetError, UsageError
 
 POSITIONS = ("wpe", "position_embeddings", "embed_positions")  # what transformers calls a table of positions
+CACHES = ("cache", "past_key_values")
+"""What a forward of transformers calls the key/value cache: the first from 5.24 on, the second before."""
 MOST = 2**31 - 1
 """The longest side of a tensor that a method asks for."""
 
@@ -51,14 +53,36 @@ def parameters_of(cls: Any) -> tuple[str, ...]:
 
 
 def named(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name."""
-    return {**dict(zip(parameters_of(plain(type(module))), args, strict=False)), **kwargs}
+    """A call's arguments by name; a cache under the name that the module's forward has, whichever the caller used."""
+    given = {**dict(zip(parameters_of(plain(type(module))), args, strict=False)), **kwargs}
+    if (name := cache_name(module)) is not None:
+        for other in CACHES:
+            if other != name and other in given:
+                given[name] = given.pop(other)
+    return given
+
+
+def cache_name(module: nn.Module) -> str | None:
+    """What the module's forward calls the key/value cache; None where it takes none."""
+    taken = parameters_of(plain(type(module)))
+    return next((name for name in CACHES if name in taken), None)
+
+
+def cache_given(module: nn.Module, given: Mapping[str, Any]) -> Any:
+    """The key/value cache among a call's arguments, or None."""
+    name = cache_name(module)
+    return None if name is None else given.get(name)
+
+
+def cache_of(output: Any) -> Any:
+    """The key/value cache in what a model gave back."""
+    return next(output[name] for name in CACHES if output.get(name) is not None)
 
 
 def is_causal(body: nn.Module) -> bool:
     """Whether tokens see only what stands before them: as attention says, or, where none says, whether there is a cache."""
     said = [flag for _, module in walk(body) if isinstance(flag := getattr(module, "is_causal", None), bool)]
-    return any(said) if said else "past_key_values" in parameters_of(plain(type(body)))
+    return any(said) if said else cache_name(body) is not None
 
 
 def embedding_of(body: Any) -> Any:

@@ -21,15 +21,13 @@ from lorakit.attach.anatomy import is_within, walk
 from lorakit.attach.method import Draft, Insert
 from lorakit.attach.operation import Operation, Share
 from lorakit.errors import AdapterError, TargetError
-from lorakit.methods.body import POSITIONS, is_causal, named, parameters_of
+from lorakit.methods.body import POSITIONS, cache_given, cache_name, is_causal, named, parameters_of
 from lorakit.methods.places import hide_early, visible, widened
 from lorakit.methods.prompt import AfterPrompt, check_cache, check_one, columns_behind, past_of
 
-CACHE = "past_key_values"
 BEHIND = "lorakit_behind"  # what a backbone hands to its attention modules where there is an infix
 KEYS = ("k_proj", "key")  # what transformers calls the projection to the keys
 FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")
-READ = re.compile(rf"\b{CACHE}\.(\w+)")
 KNOWN = {"update", "is_updated", "self_attention_cache", "cross_attention_cache"}
 
 
@@ -56,9 +54,9 @@ def prefix_draft(
 
 
 def attentions(body: nn.Module) -> dict[str, nn.Module]:
-    """path -> each innermost module of a backbone whose forward takes past_key_values. Raises TargetError with the reason."""
+    """path -> each innermost module of a backbone whose forward takes a key/value cache. Raises TargetError with the reason."""
     kind = type(body).__name__
-    taking = {path: one for path, one in walk(body) if path and CACHE in parameters_of(plain(type(one)))}
+    taking = {path: one for path, one in walk(body) if path and cache_name(one) is not None}
     found = {
         path: one
         for path, one in taking.items()
@@ -66,25 +64,25 @@ def attentions(body: nn.Module) -> dict[str, nn.Module]:
     }
     if not found:
         raise TargetError(
-            f"prefix tuning puts keys and values into attention by its {CACHE}, which {kind}'s attention does not take. Use "
+            f"prefix tuning puts keys and values into attention by its cache, which {kind}'s attention does not take. Use "
             "lorakit.PromptEmbedding or lorakit.PromptTuning there."
         )
     if getattr(body, "config", None) is not None and getattr(body.config, "add_cross_attention", False):  # type: ignore[union-attr]
         raise TargetError(f"prefix tuning is for self-attention, and this {kind} has cross-attention too.")
     for path, one in found.items():
-        unknown = _reads(plain(type(one))) - KNOWN
+        unknown = _reads(plain(type(one)), cache_name(one)) - KNOWN
         if unknown:
             raise TargetError(
-                f"prefix tuning: {path} ({plain(type(one)).__name__}) reads {', '.join(sorted(unknown))} of its {CACHE}, so a "
+                f"prefix tuning: {path} ({plain(type(one)).__name__}) reads {', '.join(sorted(unknown))} of its cache, so a "
                 "prefix cannot be put in front. Use lorakit.PromptEmbedding there."
             )
     return found
 
 
 @cache
-def _reads(cls: Any) -> frozenset[str]:
-    """What a module's forward reads of the cache that it is given."""
-    return frozenset(READ.findall(getsource(cls.forward)))
+def _reads(cls: Any, name: str) -> frozenset[str]:
+    """What a module's forward reads of the cache that it is given under that name."""
+    return frozenset(re.findall(rf"\b{name}\.(\w+)", getsource(cls.forward)))
 
 
 def heads_of(body: Any, path: str, attention: Any) -> tuple[int, int]:
@@ -172,7 +170,7 @@ class Behind(AfterPrompt):
         if not share.strength:
             return call(*args, **kwargs)
         given = named(module, args, kwargs)
-        mask, past = given.get("attention_mask"), past_of(given.get(CACHE))
+        mask, past = given.get("attention_mask"), past_of(cache_given(module, given))
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
         rows, length = tokens.shape[:2]  # type: ignore[union-attr]
         if past:  # what goes on is behind its prompt
@@ -226,7 +224,7 @@ class Prefix(Operation):
         if not share.strength:
             return call(*args, **kwargs)
         given = named(module, args, kwargs)
-        held = given.get(CACHE)
+        held = cache_given(module, given)
         check_cache(held)
         keys, values = (one.unflatten(1, (self.heads, self.width)).transpose(0, 1) for one in self.pair(tensors))
         behind = given.pop(BEHIND, None)
@@ -236,7 +234,7 @@ class Prefix(Operation):
                 "placed. Set infix_length to 0."
             )
         given["attention_mask"] = self._mask(module, given, held, behind)
-        given[CACHE] = Ahead(held, keys, values)
+        given[cache_name(module)] = Ahead(held, keys, values)  # type: ignore[index]  # attentions() found it
         return call(**given)
 
     def _mask(self, module: Any, given: Mapping[str, Any], held: Any, behind: Tensor | None) -> Tensor | None:

@@ -12,6 +12,7 @@ from lorakit.attach.method import Draft, Method
 from lorakit.errors import UsageError
 from lorakit.methods.body import (
     backbone,
+    cache_of,
     check_ids,
     check_length,
     check_room,
@@ -146,7 +147,7 @@ def _read_from(
     body.eval()
     try:
         with unadapted(model):
-            held = body(input_ids=torch.tensor([ids], device=table.weight.device), use_cache=True).past_key_values
+            held = cache_of(body(input_ids=torch.tensor([ids], device=table.weight.device), use_cache=True))
     finally:
         body.train(mode)
     made = {}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lorakit.attach.alone import operations_on
 from lorakit.attach.operation import Operation, Share
 from lorakit.errors import AdapterError, UsageError
-from lorakit.methods.body import backbone, embedding_of, is_causal, named, origin
+from lorakit.methods.body import backbone, cache_given, embedding_of, is_causal, named, origin
 from lorakit.methods.places import Places, first_real, last_real, widened
 
 IGNORE = -100  # the label of a token that carries no loss
@@ -166,7 +166,7 @@ class Prompt(AfterPrompt):
         if not share.strength:
             return call(*args, **kwargs)
         given = named(module, args, kwargs)
-        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        mask, cache = given.get("attention_mask"), cache_given(module, given)
         if isinstance(mask, dict):
             raise AdapterError(f"{type(module).__name__} was given several attention masks: virtual tokens take one.")
         check_cache(cache)

@@ -17,7 +17,7 @@ from lorakit.attach.anatomy import output_head
 from lorakit.attach.method import Draft, Insert, Method
 from lorakit.attach.operation import Operation, Share
 from lorakit.errors import AdapterError, TargetError, UsageError
-from lorakit.methods.body import backbone, check_ids, check_length, check_room, embedding_of, fresh, named
+from lorakit.methods.body import backbone, cache_given, check_ids, check_length, check_room, embedding_of, fresh, named
 from lorakit.methods.places import last_real
 from lorakit.methods.prompt import Prompt
 from lorakit.methods.prompt_tuning import INITS, begun, check_init
@@ -176,7 +176,7 @@ class ReadMask(Operation):
 
         given = named(module, args, kwargs)
         kept = given.get("logits_to_keep")
-        if given.get("past_key_values") is not None or isinstance(kept, Tensor) or kept:  # what generation asks for
+        if cache_given(module, given) is not None or isinstance(kept, Tensor) or kept:  # what generation asks for
             raise AdapterError(
                 f"{type(module).__name__} is a classifier while its WARP adapter is on, and writes no text. Give it whole "
                 "texts, or switch the adapter off with lorakit.use."

@@ -60,7 +60,8 @@ def last_block_pruned(model: nn.Module, batch: Batch) -> Iterator[None]:
         yield
         return
     block = found[1][-1]
-    with standing_in({block: partial(_checkpointed, block, partial(_pruned, block, head, read))}):
+    forward = partial(_pruned, block, head, read)
+    with _checkpointed(block, forward) as forward, standing_in({block: forward}):
         yield
 
 
@@ -81,11 +82,26 @@ def _pruned(block: nn.Module, head: "Head", read: "Read", hidden: Tensor, *args:
     return read.give(head.block(block, read.at, hidden, *args, **kwargs), hidden)
 
 
-def _checkpointed(block: Any, forward: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """As transformers' GradientCheckpointingLayer, whose forward this stands in for."""
-    if block.gradient_checkpointing and block.training:
-        return block._gradient_checkpointing_func(partial(forward, **kwargs), hidden, *args)  # type: ignore[no-any-return]
-    return forward(hidden, *args, **kwargs)
+@contextmanager
+def _checkpointed(block: Any, forward: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
+    """`forward`, checkpointed where the block is, and the block's own checkpointing off inside the with-statement.
+
+    transformers checkpoints a block's forward (5.23), or its call (5.17), which would look the forward up anew in the backward
+    pass, when it is the block's own again.
+    """
+    if not (block.gradient_checkpointing and block.training):
+        yield forward
+        return
+    checkpoint = block._gradient_checkpointing_func
+
+    def recomputed(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return checkpoint(partial(forward, **kwargs), hidden, *args)  # type: ignore[no-any-return]
+
+    block.gradient_checkpointing = False
+    try:
+        yield recomputed
+    finally:
+        block.gradient_checkpointing = True
 
 
 @dataclass(frozen=True)

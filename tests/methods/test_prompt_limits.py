@@ -12,6 +12,7 @@ from torch import nn
 import lorakit as lk
 from lorakit.attach.alone import by_token, taken
 from lorakit.errors import AdapterError, TargetError, UsageError
+from lorakit.methods.body import cache_name, cache_of, named
 from lorakit.methods.p_tuning import PTuning
 from lorakit.methods.prefix_tuning import PrefixTuning
 from lorakit.methods.prompt import ends
@@ -181,7 +182,7 @@ def test_right_padded_prompts_with_an_infix_do_not_go_on_from_a_cache() -> None:
     x = tiny.batch(model)["input_ids"]
     mask = torch.ones_like(x)
     mask[0, 5:] = 0
-    cache = model(x, attention_mask=mask, use_cache=True).past_key_values
+    cache = cache_of(model(x, attention_mask=mask, use_cache=True))
     with pytest.raises(AdapterError, match="left"):
         model(x[:, :1], attention_mask=torch.cat([mask, mask[:, :1]], 1), past_key_values=cache)
 
@@ -192,10 +193,10 @@ def test_a_prompt_in_pieces_is_refused_with_an_infix(method: Any) -> None:
     model = tiny.llama()
     lk.attach(model, method)
     x = tiny.batch(model)["input_ids"]
-    cache = model(x[:, :3], use_cache=True).past_key_values
+    cache = cache_of(model(x[:, :3], use_cache=True))
     with pytest.raises(AdapterError, match="still prompt"):
         model(x[:, 3:], past_key_values=cache)
-    cache = model(x[:, :3], use_cache=True).past_key_values
+    cache = cache_of(model(x[:, :3], use_cache=True))
     assert model(x[:, 3:4], past_key_values=cache).logits.shape[1] == 1
 
 
@@ -269,3 +270,22 @@ def test_a_row_has_the_positions_that_are_left() -> None:
                 model(torch.cat([x, x[:, :1]], 1))
         lk.use(model, None)
         assert longest_row(model, Limit()) == 64
+
+
+class _Takes(torch.nn.Module):
+    def forward(self, x: int, cache: object = None) -> object:
+        return cache
+
+
+class _Took(torch.nn.Module):
+    def forward(self, x: int, past_key_values: object = None) -> object:
+        return past_key_values
+
+
+@pytest.mark.parametrize(("module", "name"), [(_Takes(), "cache"), (_Took(), "past_key_values")])
+def test_a_cache_is_found_under_the_name_of_transformers_version(module: torch.nn.Module, name: str) -> None:
+    """5.24 calls it otherwise, and its forwards take the old name still: an operation stands before that."""
+    assert cache_name(module) == name
+    assert named(module, (1,), {"past_key_values": "held"}) == {"x": 1, name: "held"}
+    assert cache_name(torch.nn.Linear(1, 1)) is None
+    assert named(torch.nn.Linear(1, 1), (), {"cache": 1}) == {"cache": 1}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakit as lk
+from lorakit.methods.body import cache_of
 from lorakit.methods.p_tuning import PTuning
 from lorakit.methods.prefix_tuning import PrefixTuning
 from lorakit.methods.prompt import ends
@@ -242,7 +243,7 @@ def test_a_cache_that_is_handed_on(family: str, method: Any) -> None:
     with torch.no_grad():
         whole = model(x).logits
         first = model(x[:, :3], use_cache=True)
-        more = model(x[:, 3:], past_key_values=first.past_key_values, attention_mask=torch.ones_like(x), use_cache=True)
+        more = model(x[:, 3:], past_key_values=cache_of(first), attention_mask=torch.ones_like(x), use_cache=True)
     torch.testing.assert_close(torch.cat([first.logits, more.logits], 1), whole, **CLOSE)
 
 

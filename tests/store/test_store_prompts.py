@@ -123,7 +123,7 @@ def test_tensors_of_another_save_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "written", "read", "says"),
     [
-        (PrefixTuning(3), "bert", "deberta", "past_key_values"),
+        (PrefixTuning(3), "bert", "deberta", "by its cache"),
         (PrefixTuning(3), "gpt2", "llama", "wide"),
         (PromptTuning(3), "bert", "t5", "both"),
         (PromptTuning(3), "bert", "gpt2", "another base"),
