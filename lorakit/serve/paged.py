@@ -1,6 +1,7 @@
 """Many adapters in transformers' continuous batching. Import it lazily: it needs transformers at once, for its base classes.
 
-No documented extension point: tested with transformers 5.23 and 5.24; tests/serve/test_serve_engine.py fails loudly where it changes.
+No documented extension point: tested with transformers 5.20 to 5.24; tests/serve/test_serve_engine.py fails loudly where it
+changes.
 What is added to each part: the scheduler brings adapters to the device, in fair order, and puts requests of one adapter
 side by side; blocks of the key-value cache are shared within one adapter version alone; the plan of a step's tokens is set
 right before its forward; each request samples for itself.
