@@ -17,6 +17,8 @@ from lorakit.core.delta import wide
 from lorakit.core.gemm import aligned, by_onednn, product
 
 CHUNK = 256  # rows; fewer make the products slow, more need memory for nothing
+FEWEST = 128  # rows that oneDNN is given at once at the least
+KEPT = 2**25  # bytes; a larger tensor's memory goes back to the system with it (glibc), and comes page by page
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float) -> Tensor:
@@ -56,9 +58,10 @@ class GroupedCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = hidden.new_zeros(hidden.shape[0], dtype=wide(hidden.dtype))  # a row each
         own = by_onednn(hidden[:CHUNK], weight, CHUNK)  # it takes its memory itself
-        buffer = hidden.new_empty(0 if own else min(CHUNK, hidden.shape[0]), weight.shape[0])
-        for start in range(0, hidden.shape[0], CHUNK):
-            rows, wanted = hidden[start : start + CHUNK], labels[start : start + CHUNK, None]
+        step = min(CHUNK, _rows_kept(weight)) if own else CHUNK
+        buffer = hidden.new_empty(0 if own else min(step, hidden.shape[0]), weight.shape[0])
+        for start in range(0, hidden.shape[0], step):
+            rows, wanted = hidden[start : start + step], labels[start : start + step, None]
             if own:
                 more = aligned(rows.shape[0]) - rows.shape[0]
                 logits = product(torch.nn.functional.pad(rows, (0, 0, 0, more)), weight)[: rows.shape[0]]
@@ -67,9 +70,9 @@ class GroupedCrossEntropy(torch.autograd.Function):
             values = logits.to(losses.dtype)  # the buffer itself, but for half precision
             if bias is not None:
                 values += bias
-            losses[start : start + CHUNK] = _row_losses(values, wanted, smoothing)
+            losses[start : start + step] = _row_losses(values, wanted, smoothing)
             if gradient is not None:
-                gradient[start : start + CHUNK] = product(values.to(weight.dtype), weight.t())
+                gradient[start : start + step] = product(values.to(weight.dtype), weight.t())
             del logits, values  # a chunk's are gone before the next one's come
         ctx.save_for_backward(gradient)
         ctx.counts = counts
@@ -82,6 +85,11 @@ class GroupedCrossEntropy(torch.autograd.Function):
         counts = torch.tensor(ctx.counts, device=grad.device)
         weights = grad.to(gradient.dtype).repeat_interleave(counts, output_size=gradient.shape[0])
         return gradient * weights[:, None], None, None, None, None, None
+
+
+def _rows_kept(weight: Tensor) -> int:
+    """Of how many rows the logits stay within KEPT, but at least FEWEST."""
+    return max(FEWEST, KEPT // (weight.shape[0] * weight.element_size()) // 16 * 16)
 
 
 def _row_losses(values: Tensor, wanted: Tensor, smoothing: float) -> Tensor:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 LEVELS = 2**16
 FEW = 1 / 8  # probabilities up to which distances cost less than bits
+TINY = 2.0**-40  # no tensor has as many elements as this makes of distances
 MARGIN = 6  # standard deviations of the number dropped, above its mean, that are drawn at once
 
 
@@ -38,22 +39,40 @@ def keep_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
 
 
 def _dropped(count: int, probability: float) -> Tensor:
-    """The numbers, ascending, of those of `count` elements that go, each with this probability (below 1)."""
-    expected = count * probability
+    """The numbers, ascending, of those of `count` elements that go, each with this probability (below 1).
+
+    A distance is drawn from 16 bits, so each of its probabilities is a multiple of 2^-16; the share that goes is right within
+    a hundred-thousandth of itself.
+    """
+    rarest = max(probability, TINY)
+    expected = count * rarest
     enough = int(expected + MARGIN * math.sqrt(expected)) + 8
     parts, last = [], -1
     while last < count:  # a second time hardly ever
-        drawn = torch.empty(enough, dtype=torch.float32, device="cpu").uniform_()  # whatever torch's defaults are
-        distances = drawn.neg_().log1p_().div_(math.log1p(-probability)).clamp_(max=count)
-        parts.append(distances.to(torch.int64).add_(1).cumsum_(0).add_(last))
+        bits = torch.empty(-(-enough // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
+        uniform = bits.view(torch.int16).to(torch.float32).add_((LEVELS + 1) / 2).div_(LEVELS)  # in (0, 1), never an end
+        distances = uniform.log_().div_(math.log1p(-rarest)).add_(1).to(torch.int64)  # from 1 on
+        distances[0] += last
+        parts.append(distances.cumsum_(0))
         last = int(parts[-1][-1])
-    found = torch.cat(parts)
+    found = parts[0] if len(parts) == 1 else torch.cat(parts)
     return found[: int(torch.searchsorted(found, count))]
 
 
-def kept(x: Tensor, keep: Tensor | None) -> Tensor:
-    """x with zeros where the mask has them; x itself without a mask."""
-    return x if keep is None else keep.to(x.dtype).mul_(x)
+def without(x: Tensor, drawn: Tensor | None) -> Tensor:
+    """x with zeros where entries go, contiguous; x itself where nothing was drawn. drawn: of `draw`."""
+    if drawn is None:
+        return x
+    if drawn.dtype == torch.int8:
+        return drawn.to(x.dtype).mul_(x)
+    return zeroed_(x.clone(memory_format=torch.contiguous_format), drawn)
+
+
+def add_where_kept_(onto: Tensor, left: Tensor, right: Tensor, drawn: Tensor) -> Tensor:
+    """`onto += left right` but where entries go. onto: (n, m), contiguous; left: (n, r); right: (r, m); drawn: of `draw`."""
+    if drawn.dtype == torch.int8:
+        return onto.addcmul_(left @ right, drawn.to(onto.dtype))
+    return onto.add_(zeroed_(left @ right, drawn))
 
 
 def dropped(x: Tensor, probability: float) -> Tensor:
@@ -81,7 +100,7 @@ def draw(like: Tensor, probability: float) -> tuple[Tensor, float]:
     flattened, int64, where few do; else keep_mask's mask. On the meta device: as many as are expected."""
     if like.is_meta and probability <= FEW:
         return like.new_empty(round(like.numel() * probability), dtype=torch.int64), 1 / (1 - probability)
-    if probability <= FEW:
+    if like.device.type == "cpu" and probability <= FEW:
         return _dropped(like.numel(), probability), 1 / (1 - probability)
     return keep_mask(like, probability)
 
@@ -90,8 +109,7 @@ def zeroed_(x: Tensor, drawn: Tensor) -> Tensor:
     """x, contiguous, with zeros written where entries go. drawn: of `draw`."""
     if drawn.dtype == torch.int8:
         return x.mul_(drawn)
-    x.view(-1).index_fill_(0, drawn, 0)
-    return x
+    return x.put_(drawn, x.new_zeros(len(drawn)))  # 0.6 of index_fill_'s time for 30,000 numbers
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:

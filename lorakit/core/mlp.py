@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.core.autograd import check_epoch
-from lorakit.core.dropout import keep_mask
+from lorakit.core.dropout import draw, without, zeroed_
 from lorakit.core.siblings import Member, Setting, a_gradients, flattened, gradients_of, outputs_of
 
 ROWS = 256  # tokens whose gating goes backward at once: what five passes share then stays in a cache
@@ -65,36 +65,36 @@ class LowRankMLP(torch.autograd.Function):
         *tensors: Any,
     ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        keep_x, factor = keep_mask(x2, dropout) if dropout else (None, 1.0)
-        hidden, xa_t = outputs_of(x2, settings[:-1], tensors[:-4], keep_x, factor)  # (tokens, inner) each
+        drawn_x, factor = draw(x2, dropout) if dropout else (None, 1.0)
+        hidden, xa_t = outputs_of(x2, settings[:-1], tensors[:-4], drawn_x, factor)  # (tokens, inner) each
         h = ACTIVATIONS[activation].forward(hidden[0])
         if len(hidden) == 2:
             h.mul_(hidden[1])
-        keep_h = keep_mask(h, dropout)[0] if dropout else None
-        (y,), ha_t = outputs_of(h, settings[-1:], tensors[-4:], keep_h, factor)
-        ctx.save_for_backward(x, xa_t, ha_t, keep_x, keep_h, mark, *hidden, *tensors)
+        drawn_h = draw(h, dropout)[0] if dropout else None
+        (y,), ha_t = outputs_of(h, settings[-1:], tensors[-4:], drawn_h, factor, last=True)
+        ctx.save_for_backward(x, xa_t, ha_t, drawn_x, drawn_h, mark, *hidden, *tensors)
         ctx.settings, ctx.activation, ctx.factor, ctx.epoch = settings, activation, factor, epoch
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa_t, ha_t, keep_x, keep_h, mark, *rest = ctx.saved_tensors
+        x, xa_t, ha_t, drawn_x, drawn_h, mark, *rest = ctx.saved_tensors
         check_epoch(mark, ctx.epoch)
         n, settings, factor = len(ctx.settings) - 1, ctx.settings, ctx.factor
         hidden, tensors = rest[:n], rest[n:]
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         dh, dyb_t, outer = gradients_of(
-            [dy2], ha_t, settings[-1:], tensors[-4:], keep_h, factor, True, needs[-4:]
+            [dy2], ha_t, settings[-1:], tensors[-4:], drawn_h, factor, True, needs[-4:]
         )  # dh: (tokens, inner)
         h, das = _activated(ACTIVATIONS[ctx.activation], hidden, dh)
         if needs[-2]:
-            outer[2::4] = a_gradients(dyb_t, h, keep_h, tensors[-4:])
+            outer[2::4] = a_gradients(dyb_t, h if drawn_h is None else zeroed_(h, drawn_h), tensors[-4:])
         del h
-        dx, dyb_t, inner = gradients_of(das, xa_t, settings[:-1], tensors[:-4], keep_x, factor, need_x, needs[:-4])
+        dx, dyb_t, inner = gradients_of(das, xa_t, settings[:-1], tensors[:-4], drawn_x, factor, need_x, needs[:-4])
         if any(needs[2:-4:4]):
-            inner[2::4] = a_gradients(dyb_t, x2, keep_x, tensors[:-4])
+            inner[2::4] = a_gradients(dyb_t, without(x2, drawn_x), tensors[:-4])
         return None if dx is None else dx.view(x.shape), None, None, None, None, None, *inner, *outer
 
 

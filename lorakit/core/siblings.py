@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.core.autograd import check_epoch
-from lorakit.core.dropout import keep_mask, kept
+from lorakit.core.dropout import add_where_kept_, draw, without, zeroed_
 from lorakit.core.gemm import base_gradient, base_product, product, scaled_product
 
 
@@ -58,9 +58,9 @@ class LowRankSiblings(torch.autograd.Function):
         epoch: int,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        keep, factor = keep_mask(x.reshape(-1, x.shape[-1]), dropout) if dropout else (None, 1.0)
-        outputs, xa_t = outputs_of(x, settings, tensors, keep, factor)
-        ctx.save_for_backward(x, xa_t, keep, mark, *tensors)
+        drawn, factor = draw(x.reshape(-1, x.shape[-1]), dropout) if dropout else (None, 1.0)
+        outputs, xa_t = outputs_of(x, settings, tensors, drawn, factor)
+        ctx.save_for_backward(x, xa_t, drawn, mark, *tensors)
         ctx.settings, ctx.factor, ctx.epoch = settings, factor, epoch
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -68,32 +68,40 @@ class LowRankSiblings(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, xa_t, keep, mark, *tensors = ctx.saved_tensors
+        x, xa_t, drawn, mark, *tensors = ctx.saved_tensors
         check_epoch(mark, ctx.epoch)
         dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in grads]
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-        dx, dyb_t, found = gradients_of(dys, xa_t, ctx.settings, tensors, keep, ctx.factor, need_x, needs)
+        dx, dyb_t, found = gradients_of(dys, xa_t, ctx.settings, tensors, drawn, ctx.factor, need_x, needs)
         if any(needs[2::4]):
-            found[2::4] = a_gradients(dyb_t, x.reshape(-1, x.shape[-1]), keep, tensors)
+            found[2::4] = a_gradients(dyb_t, without(x.reshape(-1, x.shape[-1]), drawn), tensors)
         return None if dx is None else dx.view(x.shape), None, None, None, None, *found
 
 
 def outputs_of(
-    x: Tensor, settings: Sequence[Setting], tensors: Sequence[Any], keep: Tensor | None, factor: float
+    x: Tensor,
+    settings: Sequence[Setting],
+    tensors: Sequence[Any],
+    drawn: Tensor | None,
+    factor: float,
+    *,
+    last: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
     """(each member's output on x, `A d(x)` of all members one below the other, (sum of ranks, tokens)).
 
-    settings, tensors: as `flattened` gives them. keep, factor: see lorakit.core.dropout.keep_mask.
+    settings, tensors: as `flattened` gives them. drawn, factor: see lorakit.core.dropout.draw. last: no one reads x, which is
+    contiguous, any more: it becomes d(x).
     """
     x2 = x.reshape(-1, x.shape[-1])  # (tokens, in)
-    xa_t = product(_joined(tensors[2::4]), kept(x2, keep), tokens=len(x2))
-    outputs, start = [], 0
-    for i, (scale, transposed, exact) in enumerate(settings):
-        weight, bias, A, Bt = tensors[4 * i : 4 * i + 4]
-        y = base_product(x, weight, bias, transposed, exact)
+    outputs = [
+        base_product(x, *tensors[4 * i : 4 * i + 2], transposed, exact)
+        for i, (_, transposed, exact) in enumerate(settings)
+    ]
+    dx2 = zeroed_(x2, drawn) if last and drawn is not None else without(x2, drawn)
+    xa_t, start = product(_joined(tensors[2::4]), dx2, tokens=len(x2)), 0
+    for y, (scale, _, _), A, Bt in zip(outputs, settings, tensors[2::4], tensors[3::4], strict=True):
         end = start + A.shape[0]
         y.view(-1, y.shape[-1]).addmm_(xa_t[start:end].t(), Bt, alpha=scale * factor)
-        outputs.append(y)
         start = end
     return outputs, xa_t
 
@@ -103,7 +111,7 @@ def gradients_of(
     xa_t: Tensor,
     settings: Sequence[Setting],
     tensors: Sequence[Any],
-    keep: Tensor | None,
+    drawn: Tensor | None,
     factor: float,
     need_x: bool,
     needs: Sequence[bool],
@@ -129,16 +137,16 @@ def gradients_of(
             found[4 * i + 3] = scaled_product(
                 xa_t[rows], dy.t(), scale * factor, torch.empty_like(Bt), tokens=dy.shape[0]
             )
-    if dx is not None and keep is None:
+    if dx is not None and drawn is None:
         dx.addmm_(dyb_t.t(), _joined(tensors[2::4]))
     elif dx is not None:
-        dx.addcmul_(dyb_t.t() @ _joined(tensors[2::4]), keep.to(dx.dtype))  # type: ignore[union-attr]
+        add_where_kept_(dx, dyb_t.t(), _joined(tensors[2::4]), drawn)  # type: ignore[arg-type]
     return dx, dyb_t, found
 
 
-def a_gradients(dyb_t: Tensor, x2: Tensor, keep: Tensor | None, tensors: Sequence[Any]) -> list[Tensor]:
-    """The gradients of the members' A's, `(s B^T dy^T) d(x)`. dyb_t: see gradients_of; x2: (tokens, in)."""
-    dA = product(dyb_t, kept(x2, keep).t(), tokens=len(x2))
+def a_gradients(dyb_t: Tensor, x2: Tensor, tensors: Sequence[Any]) -> list[Tensor]:
+    """The gradients of the members' A's, `(s B^T dy^T) d(x)`. dyb_t: see gradients_of; x2: d(x), (tokens, in)."""
+    dA = product(dyb_t, x2.t(), tokens=len(x2))
     return list(torch.split(dA, [A.shape[0] for A in tensors[2::4]]))
 
 
