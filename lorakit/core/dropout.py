@@ -50,7 +50,9 @@ def _dropped(count: int, probability: float) -> Tensor:
     parts, last = [], -1
     while last < count:  # a second time hardly ever
         bits = torch.empty(-(-enough // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
-        uniform = bits.view(torch.int16).to(torch.float32).add_((LEVELS + 1) / 2).div_(LEVELS)  # in (0, 1), never an end
+        uniform = (
+            bits.view(torch.int16).to(torch.float32).add_((LEVELS + 1) / 2).div_(LEVELS)
+        )  # in (0, 1), never an end
         distances = uniform.log_().div_(math.log1p(-rarest)).add_(1).to(torch.int64)  # from 1 on
         distances[0] += last
         parts.append(distances.cumsum_(0))

@@ -6,7 +6,7 @@ import tiny
 import torch
 
 import lorakit as lk
-from lorakit.core import gemm
+from lorakit.core import cross_entropy, gemm
 from lorakit.core.autograd import LowRankLinear
 from lorakit.core.cross_entropy import head_cross_entropy
 from lorakit.core.grouped import Layer, Pair, grouped_linear
@@ -119,8 +119,10 @@ def test_the_fused_functions_by_onednn_are_float64s(onednn, function, transposed
         near(ours, exact)
 
 
+@pytest.mark.parametrize("piece", [30, 4096])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_through_a_head_by_onednn_is_float64s(onednn, smoothing):
+def test_the_loss_through_a_head_by_onednn_is_float64s(onednn, smoothing, piece, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "PIECE", piece)
     hidden, weight, labels = torch.randn(300, 24), torch.randn(70, 24), torch.randint(70, (300,))
     ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     loss = head_cross_entropy(ours, weight, None, labels, smoothing)
