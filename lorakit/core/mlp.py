@@ -19,21 +19,27 @@ ROWS = 256  # tokens whose gating goes backward at once: what five passes share 
 
 
 class Activation(NamedTuple):
-    """forward: a -> act(a). backward: (d act, a) -> da."""
+    """forward: a -> act(a). backward: (d act, a, out) -> da, in out."""
 
     forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _gelu(approximate: str) -> Activation:
-    return Activation(
-        lambda a: torch.nn.functional.gelu(a, approximate=approximate),
-        lambda grad, a: torch.ops.aten.gelu_backward(grad, a, approximate=approximate),
-    )
+    def backward(grad: Tensor, a: Tensor, out: Tensor) -> Tensor:
+        da: Tensor = torch.ops.aten.gelu_backward.grad_input(grad, a, approximate=approximate, grad_input=out)
+        return da
+
+    return Activation(lambda a: torch.nn.functional.gelu(a, approximate=approximate), backward)
+
+
+def _silu_backward(grad: Tensor, a: Tensor, out: Tensor) -> Tensor:
+    da: Tensor = torch.ops.aten.silu_backward.grad_input(grad, a, grad_input=out)
+    return da
 
 
 ACTIVATIONS = {
-    "silu": Activation(torch.nn.functional.silu, lambda grad, a: torch.ops.aten.silu_backward(grad, a)),
+    "silu": Activation(torch.nn.functional.silu, _silu_backward),
     "gelu": _gelu("none"),
     "gelu_tanh": _gelu("tanh"),
 }
@@ -101,13 +107,13 @@ class LowRankMLP(torch.autograd.Function):
 def _activated(act: Activation, hidden: list[Tensor], dh: Any) -> tuple[Tensor, list[Tensor]]:
     """(h, the gradients of the tensors in `hidden`) from that of h, which is overwritten."""
     if len(hidden) == 1:
-        return act.forward(hidden[0]), [act.backward(dh, hidden[0])]
+        return act.forward(hidden[0]), [act.backward(dh, hidden[0], torch.empty_like(dh))]
     h, da = torch.empty_like(dh), torch.empty_like(dh)
     for start in range(0, len(dh), ROWS):
         rows = slice(start, start + ROWS)
         gate, up, grad = hidden[0][rows], hidden[1][rows], dh[rows]
         first = act.forward(gate)
         torch.mul(first, up, out=h[rows])
-        da[rows] = act.backward(grad * up, gate)
+        act.backward(grad * up, gate, da[rows])
         grad.mul_(first)
     return h, [da, dh]
