@@ -94,7 +94,7 @@ def outputs_of(
     """
     x2 = x.reshape(-1, x.shape[-1])  # (tokens, in)
     outputs = [
-        base_product(x, *tensors[4 * i : 4 * i + 2], transposed, exact)
+        base_product(x, tensors[4 * i], tensors[4 * i + 1], transposed, exact)
         for i, (_, transposed, exact) in enumerate(settings)
     ]
     dx2 = zeroed_(x2, drawn) if last and drawn is not None else without(x2, drawn)
