@@ -12,7 +12,7 @@ import torch
 from common import finish, interleaved, table
 from torch import Tensor
 
-from lorakit.core.cross_entropy import CHUNK
+from lorakit.core.cross_entropy import CHUNK, PIECE
 from lorakit.core.gemm import backend
 
 R, TURNS = 8, 12  # matrices that take turns, so that none is in a cache because it was used just before
@@ -39,8 +39,8 @@ def shapes(tokens: int) -> dict[str, tuple[int, int, int, bool]]:
         "384 -> 1536": (tokens, 384, 1536, False),
         "A x^T, 1536 wide": (R, 1536, tokens, False),
         "gradient of A, 1536 wide": (R, tokens, 1536, True),
-        "logits, 576 -> 49152": (CHUNK, 576, 49152, False),
-        "their gradient": (CHUNK, 49152, 576, True),
+        f"logits of a piece, 576 -> {PIECE} ({CHUNK} rows)": (CHUNK, 576, PIECE, False),
+        "their gradient": (CHUNK, PIECE, 576, True),
     }
 
 
