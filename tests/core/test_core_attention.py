@@ -72,3 +72,14 @@ def test_numbers_of_what_goes_and_the_mask_say_the_same():
     mask, other = keep_mask(torch.empty(30, 40), 0.1)
     assert torch.equal(zeroed_(torch.ones(30, 40), drawn), mask.float())
     assert factor == other
+
+
+def test_zeros_are_written_where_torch_refuses_what_may_not_be_deterministic():
+    x, drawn = torch.randn(30, 40), draw(torch.empty(30, 40), 0.1)[0]
+    expected = zeroed_(x.clone(), drawn)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(zeroed_(x.clone(), drawn), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert 0 < int((expected == 0).sum()) == len(drawn)

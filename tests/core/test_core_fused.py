@@ -45,7 +45,7 @@ def agree(ours, theirs, inputs):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("dropout", [0.0, 0.12, 0.4])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_siblings_are_their_members(transposed, dropout):
     x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
@@ -88,18 +88,20 @@ def test_the_feed_forward_part_is_its_layers(activation, gated, transposed):
     agree([ours], [theirs], [x, *learnt([*inner, outer])])
 
 
+@pytest.mark.parametrize("dropout", [0.12, 0.4])
 @pytest.mark.parametrize("gated", [True, False])
-def test_the_feed_forward_part_drops_what_its_layers_would(gated):
+def test_the_feed_forward_part_drops_what_its_layers_would(gated, dropout):
     x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
     inner, outer = [member(8, 7, False) for _ in range(1 + gated)], member(7, 8, False)
     torch.manual_seed(2)
-    ours = low_rank_mlp(x, inner, outer, "silu", MARK, 1, 0.4)
+    ours = low_rank_mlp(x, inner, outer, "silu", MARK, 1, dropout)
     torch.manual_seed(2)
-    keep, factor = keep_mask(x.reshape(-1, 8), 0.4)
+    keep, factor = keep_mask(x.reshape(-1, 8), dropout)
+    assert not keep.all()
     dropped = x * keep.view(x.shape) * factor
     h = F.silu(plain(x, inner[0], dropped))
     h = h * plain(x, inner[1], dropped) if gated else h
-    keep, factor = keep_mask(h.reshape(-1, 7), 0.4)
+    keep, factor = keep_mask(h.reshape(-1, 7), dropout)
     assert not keep.all()
     agree([ours], [plain(h, outer, h * keep.view(h.shape) * factor)], [x, *learnt([*inner, outer])])
 
